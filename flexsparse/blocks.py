@@ -1,0 +1,173 @@
+"""Block classes -> torch BlockMask: the lists of kept blocks, for queries and for keys.
+
+The lists are compact: a row takes as many entries as the longest row, not as there are blocks of
+keys. torch reads them through an overlapping view as wide as it expects; entries past a row's count
+belong to the next row and are never looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from flexsparse.classify import BlockClasses, Grid, Rectangles
+
+ENTRIES_AT_ONCE = 1 << 21
+
+
+class BlockLists(NamedTuple):
+    """The columns of blocks that each line of blocks keeps, in ascending order.
+
+    counts: int32[B, H, lines]
+    indices: int32[B, H, lines, width], contiguous; entries past a line's count are valid blocks
+        that mean nothing. Its storage is padded, so that `widened` needs no copy.
+    """
+
+    counts: Tensor
+    indices: Tensor
+
+    def widened(self, columns: int) -> Tensor:
+        """The indices as int32[B, H, lines, columns], an overlapping view that takes no memory."""
+        batch, heads, lines, width = self.indices.shape
+        stride = (heads * lines * width, lines * width, width, 1)
+        return self.indices.as_strided((batch, heads, lines, max(columns, width)), stride)
+
+
+class KeptBlocks(NamedTuple):
+    """The block lists of a mask: keys kept for each row of queries, and queries for each column.
+
+    The q lists serve backward alone and are None where nothing will ask for them.
+    """
+
+    kv: BlockLists
+    full_kv: BlockLists
+    q: BlockLists | None
+    full_q: BlockLists | None
+
+
+def write_kept_blocks(
+    classes: BlockClasses, device: torch.device, *, compact: bool = True, q_lists: bool = True
+) -> KeptBlocks:
+    """Write the block lists of classified blocks.
+
+    Args:
+        classes: the classes of all blocks.
+        device: where the lists are written.
+        compact: lists as wide as the longest line; else as wide as the grid.
+        q_lists: whether to write the lists for keys too.
+    """
+    grid = classes.grid
+
+    def lists(rectangles: Rectangles, rows: int, columns: int) -> BlockLists:
+        counts, indices = write_lists(
+            rectangles, grid.planes * rows, rows, columns, device, None if compact else columns
+        )
+        shape = (grid.batch, len(grid.heads), rows)
+        return BlockLists(counts.view(shape), indices.view(*shape, indices.shape[1]))
+
+    def both(rows: int, columns: int, transpose: bool) -> list[BlockLists]:
+        return [
+            lists(x.transposed() if transpose else x, rows, columns)
+            for x in (classes.partial, classes.full)
+        ]
+
+    kv, full_kv = both(grid.rows, grid.columns, transpose=False)
+    if not q_lists:
+        return KeptBlocks(kv, full_kv, None, None)
+    q, full_q = both(grid.columns, grid.rows, transpose=True)
+    return KeptBlocks(kv, full_kv, q, full_q)
+
+
+def block_mask(
+    grid: Grid, kept: KeptBlocks, mask_mod: Callable[..., Tensor], *, widen: bool = True
+) -> BlockMask:
+    """torch's BlockMask of these lists, entry for entry what create_block_mask gives.
+
+    Args:
+        grid: lengths and block size.
+        kept: the block lists.
+        mask_mod: the mask, exact for every element: other libraries rebuild the lists from it.
+        widen: give the lists the width of the grid, which all of torch's own methods expect.
+    """
+
+    def indices(lists: BlockLists | None, columns: int) -> Tensor | None:
+        if lists is None:
+            return None
+        return lists.widened(columns) if widen else lists.indices
+
+    kv, full_kv, q, full_q = kept
+    return BlockMask(
+        seq_lengths=(grid.q_len, grid.kv_len),
+        kv_num_blocks=kv.counts,
+        kv_indices=indices(kv, grid.columns),
+        full_kv_num_blocks=full_kv.counts,
+        full_kv_indices=indices(full_kv, grid.columns),
+        q_num_blocks=None if q is None else q.counts,
+        q_indices=indices(q, grid.rows),
+        full_q_num_blocks=None if full_q is None else full_q.counts,
+        full_q_indices=indices(full_q, grid.rows),
+        BLOCK_SIZE=grid.block_size,
+        mask_mod=mask_mod,
+    )
+
+
+def write_lists(
+    rectangles: Rectangles,
+    lines: int,
+    rows: int,
+    columns: int,
+    device: torch.device,
+    width: int | None,
+) -> tuple[Tensor, Tensor]:
+    """The columns that the rectangles cover in each line: (counts [lines], indices [lines, width]).
+
+    Lines are planes x rows. Each row of a rectangle is a run of consecutive columns. A line is one
+    cumulative sum: its entries step by 1 inside a run and jump where the next run starts.
+    """
+    line, start, length = (x.to(device) for x in _runs(rectangles, rows, columns))
+    counts = torch.zeros(lines, dtype=torch.int64, device=device).index_add_(0, line, length)
+    if width is None:
+        # never 1: compilers specialise on sizes of 1, and a mask's numbers shall not cause a kernel
+        width = max(2, int(counts.max()))
+
+    # the place of a run in its line, and the step from the run before it to its first column
+    line_start = counts.cumsum(0) - counts
+    place = length.cumsum(0) - length - line_start[line]
+    last = start + length - 1
+    jump = start.clone()
+    jump[1:] -= torch.where(line[1:] == line[:-1], last[:-1], 0)
+    line_last = torch.zeros_like(counts).scatter_reduce_(0, line, last, "amax")
+
+    # zeros, because the pages of short lines that are never written then take no memory
+    storage = torch.zeros(lines * width + max(columns - width, 0), dtype=torch.int32, device=device)
+    body = storage[: lines * width].view(lines, width)
+    tops = torch.arange(0, lines, max(1, ENTRIES_AT_ONCE // width), device=device)
+    bottoms = torch.cat([tops[1:], tops.new_tensor([lines])])
+    bounds = torch.searchsorted(line, torch.stack([tops, bottoms], 1))
+    for (top, bottom), (first, end) in zip(
+        zip(tops.tolist(), bottoms.tolist(), strict=True), bounds.tolist(), strict=True
+    ):
+        count = counts[top:bottom]
+        longest = int(count.max())
+        part = body[top:bottom, :longest].fill_(1)
+        part[line[first:end] - top, place[first:end]] = jump[first:end].int()
+        # past its count a line steps back to 0, so that every entry is a valid block
+        short = (count < longest).nonzero().flatten()
+        part[short, count[short]] = -line_last[top:bottom][short].int()
+        torch.cumsum(part, 1, dtype=torch.int32, out=part)
+    return counts.int(), body
+
+
+def _runs(rectangles: Rectangles, rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Each row of each rectangle as (line, first column, length), ordered by line and column."""
+    height = rectangles.row1 - rectangles.row0
+    line = torch.repeat_interleave(rectangles.plane * rows + rectangles.row0, height)
+    line += torch.arange(len(line)) - torch.repeat_interleave(height.cumsum(0) - height, height)
+    start = torch.repeat_interleave(rectangles.column0, height)
+    length = torch.repeat_interleave(rectangles.column1 - rectangles.column0, height)
+    order = torch.argsort(line * columns + start)
+    return line[order], start[order], length[order]

@@ -1,0 +1,282 @@
+"""EMPTY, PARTIAL or FULL for every block of a mask, proved by hierarchical refinement.
+
+A cell is a square of blocks. All cells of one size are bounded at once; a cell that is everywhere
+true is FULL as a whole, one that is nowhere true is EMPTY, and the rest are split 4 x 4 until a cell
+is one block. A block that intervals leave undecided is settled by looking: at a few witnesses, then
+at every element. The cost follows the boundary of the mask, not its area.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from flexsparse.expr import TENSOR_READING, Mask, Table, evaluate
+from flexsparse.interval import INTERVAL_READING, Interval, Truth
+from flexsparse.pyramid import Pyramid
+
+SPLIT = 4  # a cell is split into SPLIT x SPLIT
+CELLS_AT_ONCE = 1 << 16  # keeps the bounds of a chunk of cells in the cache
+ELEMENTS_AT_ONCE = 1 << 20
+
+
+class Grid(NamedTuple):
+    """Where a mask is looked at: its lengths in tokens, its block size, and what it varies over."""
+
+    q_len: int
+    kv_len: int
+    q_offset: int
+    block_size: tuple[int, int]
+    batch: int
+    heads: tuple[int, ...]
+
+    @property
+    def rows(self) -> int:
+        """Blocks of queries."""
+        return -(-self.q_len // self.block_size[0])
+
+    @property
+    def columns(self) -> int:
+        """Blocks of keys."""
+        return -(-self.kv_len // self.block_size[1])
+
+    @property
+    def planes(self) -> int:
+        """Masks of q_len x kv_len: one for each batch row and head, batch rows outermost."""
+        return self.batch * len(self.heads)
+
+
+class Rectangles(NamedTuple):
+    """Rectangles of blocks, an entry each: rows row0 <= row < row1, columns column0 <= column < column1."""
+
+    plane: Tensor
+    row0: Tensor
+    row1: Tensor
+    column0: Tensor
+    column1: Tensor
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks the rectangles hold."""
+        return int(((self.row1 - self.row0) * (self.column1 - self.column0)).sum())
+
+    def transposed(self) -> Rectangles:
+        """The same rectangles with queries and keys exchanged."""
+        return Rectangles(self.plane, self.column0, self.column1, self.row0, self.row1)
+
+
+class BlockClasses(NamedTuple):
+    """The class of every block of a grid; a block in neither list is EMPTY.
+
+    grid: lengths and block size
+    partial, full: disjoint rectangles of blocks
+    evaluated: blocks that had to be evaluated element by element
+    """
+
+    grid: Grid
+    partial: Rectangles
+    full: Rectangles
+    evaluated: int
+
+    @property
+    def blocks(self) -> int:
+        """Blocks that are computed."""
+        return self.partial.blocks + self.full.blocks
+
+    @property
+    def density(self) -> float:
+        """Blocks that are computed, as a part of all blocks."""
+        return self.blocks / (self.grid.planes * self.grid.rows * self.grid.columns)
+
+    @classmethod
+    def of_planes(cls, grid: Grid, parts: Sequence[tuple[BlockClasses, Sequence[int]]]) -> BlockClasses:
+        """Classes of some heads each, put together for all heads and batch rows of a grid."""
+
+        def spread(name: str) -> Rectangles:
+            return _concatenate(
+                [
+                    _on_planes(getattr(classes, name), classes.grid, heads, grid)
+                    for classes, heads in parts
+                ]
+            )
+
+        evaluated = sum(classes.evaluated for classes, _ in parts)
+        return cls(grid, spread("partial"), spread("full"), evaluated)
+
+
+def _on_planes(
+    rectangles: Rectangles, grid: Grid, heads: Sequence[int], target: Grid
+) -> Rectangles:
+    """Rectangles repeated for each head and batch row of the target that a plane stands for."""
+    copies = []
+    for b in range(target.batch):
+        for place, head in enumerate(heads):
+            own = min(b, grid.batch - 1) * len(grid.heads) + min(place, len(grid.heads) - 1)
+            chosen = Rectangles(*(x[rectangles.plane == own] for x in rectangles))
+            plane = torch.full_like(chosen.plane, b * len(target.heads) + head)
+            copies.append(chosen._replace(plane=plane))
+    return _concatenate(copies)
+
+
+def classify(mask: Mask, grid: Grid) -> BlockClasses:
+    """Prove, block by block, that a mask is everywhere false (EMPTY) or everywhere true (FULL).
+
+    Sound and complete: what intervals leave undecided is settled by witnesses or element by element.
+    A ragged last block is at most PARTIAL, as in torch's create_block_mask.
+    Cost: the boundary of the mask in blocks, times its steps; no [q_len, kv_len] tensor is made.
+    """
+    reading = _interval_reading(mask)
+    side = 1
+    while side < max(grid.rows, grid.columns):
+        side *= SPLIT
+    plane = torch.arange(grid.planes)
+    row = column = torch.zeros(grid.planes, dtype=torch.int64)
+    full: list[Rectangles] = []
+    while True:
+        undecided = []
+        for start in range(0, len(plane), CELLS_AT_ONCE):
+            cells = [x[start : start + CELLS_AT_ONCE] for x in (plane, row, column)]
+            always, ever = _bound(mask, reading, grid, cells, side)
+            full.append(_rectangles(grid, [x[always] for x in cells], side))
+            open_cells = ever & ~always
+            undecided.append([x[open_cells] for x in cells])
+        plane, row, column = (torch.cat(parts) for parts in zip(*undecided, strict=True))
+        if side == 1 or not len(plane):
+            break
+        side //= SPLIT
+        plane, row, column = _split(grid, plane, row, column, side)
+
+    partial, settled_full, evaluated = _settle(mask, grid, plane, row, column)
+    whole, ragged = _part_ragged(grid, _concatenate([*full, _rectangles(grid, settled_full, 1)]))
+    partial_rectangles = _concatenate([_rectangles(grid, partial, 1), ragged])
+    return BlockClasses(grid, partial_rectangles, whole, evaluated)
+
+
+def _interval_reading(mask: Mask) -> dict[str, Any]:
+    """INTERVAL_READING with the tables of this mask behind pyramids."""
+    pyramids: dict[tuple[int, tuple[bool, ...]], Pyramid] = {}
+    ranged_step = [False] * len(mask.steps)
+    ranged_of: dict[int, list[tuple[bool, ...]]] = {}
+    for place, (op, operands, payload, _) in enumerate(mask.steps):
+        ranged = tuple(ranged_step[i] for i in operands)
+        ranged_step[place] = op in ("q_idx", "kv_idx") or any(ranged)
+        if isinstance(payload, Table):
+            ranged_of.setdefault(id(payload), []).append(ranged)
+
+    def lookup(table: Table, *indices: Interval | None) -> Any:
+        # one table may be read in several ways; ranging over a dimension is right for all of them
+        ranged = tuple(any(ways) for ways in zip(*ranged_of[id(table)], strict=True))
+        key = (id(table), ranged)
+        if key not in pyramids:
+            pyramids[key] = Pyramid(table.tensor, ranged)
+        return INTERVAL_READING["lookup"](pyramids[key], *indices)
+
+    return {**INTERVAL_READING, "lookup": lookup}
+
+
+def _bound(
+    mask: Mask, reading: dict[str, Any], grid: Grid, cells: list[Tensor], side: int
+) -> tuple[Tensor, Tensor]:
+    plane, row, column = cells
+    q, kv = (
+        Interval(
+            place * (side * block) + offset, ((place + 1) * (side * block)).clamp(max=n) - 1 + offset
+        )
+        for place, block, n, offset in (
+            (row, grid.block_size[0], grid.q_len, grid.q_offset),
+            (column, grid.block_size[1], grid.kv_len, 0),
+        )
+    )
+    b, h = _batch_and_head(grid, plane)
+    variables = {"b": Interval(b, b), "h": Interval(h, h), "q_idx": q, "kv_idx": kv}
+    truth: Truth = evaluate(mask, variables, reading)
+    always, ever = (torch.as_tensor(x).expand(plane.shape) for x in truth)
+    return always, ever
+
+
+def _batch_and_head(grid: Grid, plane: Tensor) -> tuple[Tensor, Tensor]:
+    heads = torch.tensor(grid.heads)
+    return plane // len(heads), heads[plane % len(heads)]
+
+
+def _split(grid: Grid, plane: Tensor, row: Tensor, column: Tensor, side: int) -> list[Tensor]:
+    """The cells of `side` blocks that the given cells, SPLIT times as wide, are made of."""
+    step = torch.arange(SPLIT)
+    rows = (row[:, None, None] * SPLIT + step[:, None]).expand(-1, SPLIT, SPLIT)
+    columns = (column[:, None, None] * SPLIT + step).expand(-1, SPLIT, SPLIT)
+    inside = (rows * side < grid.rows) & (columns * side < grid.columns)
+    return [plane[:, None, None].expand_as(rows)[inside], rows[inside], columns[inside]]
+
+
+def _settle(
+    mask: Mask, grid: Grid, plane: Tensor, row: Tensor, column: Tensor
+) -> tuple[list[Tensor], list[Tensor], int]:
+    """Decide single blocks by looking: (cells that are PARTIAL, cells that are FULL, how many were
+    evaluated element by element)."""
+    cells = [plane, row, column]
+    some, all_of = _look(mask, grid, cells, witnesses=True)
+    unsettled = some == all_of  # not yet one True and one False
+    partial = [x[~unsettled] for x in cells]
+    rest = [x[unsettled] for x in cells]
+    some, all_of = _look(mask, grid, rest, witnesses=False)
+    partial = [torch.cat([x, y[some & ~all_of]]) for x, y in zip(partial, rest, strict=True)]
+    return partial, [x[all_of] for x in rest], len(rest[0])
+
+
+def _look(
+    mask: Mask, grid: Grid, cells: list[Tensor], witnesses: bool
+) -> tuple[Tensor, Tensor]:
+    """Evaluate blocks exactly, at a few places or everywhere: (any is true, all are true)."""
+    q_steps, kv_steps = (
+        torch.tensor(sorted({0, 1 % n, n // 2, n - 1})) if witnesses else torch.arange(n)
+        for n in grid.block_size
+    )
+    device = next((t.tensor.device for t in mask.tables), torch.device("cpu"))
+    at_once = max(1, ELEMENTS_AT_ONCE // (len(q_steps) * len(kv_steps)))
+    found_some, found_all = [torch.empty(0, dtype=torch.bool)], [torch.empty(0, dtype=torch.bool)]
+    for start in range(0, len(cells[0]), at_once):
+        plane, row, column = (x[start : start + at_once, None, None] for x in cells)
+        # elements past a ragged end repeat the last one, which changes neither `any` nor `all`
+        q = (row * grid.block_size[0] + q_steps[:, None]).clamp(max=grid.q_len - 1) + grid.q_offset
+        kv = (column * grid.block_size[1] + kv_steps).clamp(max=grid.kv_len - 1)
+        b, h = _batch_and_head(grid, plane)
+        variables = {"b": b, "h": h, "q_idx": q, "kv_idx": kv}
+        variables = {name: value.to(device) for name, value in variables.items()}
+        kept = torch.as_tensor(evaluate(mask, variables, TENSOR_READING)).cpu()
+        kept = kept.expand(len(plane), len(q_steps), len(kv_steps)).flatten(1)
+        found_some.append(kept.any(1))
+        found_all.append(kept.all(1))
+    return torch.cat(found_some), torch.cat(found_all)
+
+
+def _rectangles(grid: Grid, cells: list[Tensor], side: int) -> Rectangles:
+    plane, row, column = cells
+    return Rectangles(
+        plane,
+        row * side,
+        ((row + 1) * side).clamp(max=grid.rows),
+        column * side,
+        ((column + 1) * side).clamp(max=grid.columns),
+    )
+
+
+def _concatenate(parts: list[Rectangles]) -> Rectangles:
+    return Rectangles(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+
+
+def _part_ragged(grid: Grid, full: Rectangles) -> tuple[Rectangles, Rectangles]:
+    """Split off the blocks that stick out over the end of the queries or keys."""
+    rows = grid.q_len // grid.block_size[0]
+    columns = grid.kv_len // grid.block_size[1]
+    whole = full._replace(row1=full.row1.clamp(max=rows), column1=full.column1.clamp(max=columns))
+    below = full._replace(row0=full.row0.clamp(min=rows))
+    right = full._replace(row1=full.row1.clamp(max=rows), column0=full.column0.clamp(min=columns))
+    return _non_empty(whole), _concatenate([_non_empty(below), _non_empty(right)])
+
+
+def _non_empty(rectangles: Rectangles) -> Rectangles:
+    kept = (rectangles.row0 < rectangles.row1) & (rectangles.column0 < rectangles.column1)
+    return Rectangles(*(x[kept] for x in rectangles))

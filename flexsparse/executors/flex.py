@@ -1,0 +1,146 @@
+"""torch's flex_attention, compiled once for each structure of mask."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import flex_attention as torch_flex
+from torch.nn.attention.flex_attention import BlockMask
+
+ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def unsupported(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool
+) -> str | None:
+    """Why flex_attention cannot run these inputs, as a sentence, or None if it can."""
+    if q.device.type == "cpu":
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+            return "flex_attention has no backward on CPU, and an input requires a gradient"
+        if return_lse:
+            return "flex_attention returns no LSE on CPU"
+        if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"flex_attention on CPU takes float32, bfloat16 and float16, and q is {q.dtype}"
+    elif q.device.type == "cuda":
+        for name, size in (("q and k", q.shape[-1]), ("v", v.shape[-1])):
+            if size < 16:
+                return f"flex_attention on CUDA needs a head_dim of 16 or more, and that of {name} is {size}"
+    if 0 in q.shape or 0 in k.shape or 0 in v.shape:
+        return "an input is empty"
+    return None
+
+
+def run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_mask: BlockMask,
+    *,
+    scale: float | None = None,
+    score_mod: ScoreMod | None = None,
+    return_lse: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention with a BlockMask: (out [B, n_heads, q_len, Dv], LSE [B, n_heads, q_len] or None)."""
+    if torch.compiler.is_compiling():
+        # a compiler above us is at work: hand it the plain operator
+        return _attend(q, k, v, block_mask, score_mod, scale, return_lse)
+    key = _kernel_key(q, k, v, block_mask, score_mod, return_lse)
+    kernel = _kernels.get(key)
+    if kernel is None:
+        kernel = _kernels[key] = _compile(q.device)
+        # without this, lengths that happen to be equal in the first call would have to stay equal
+        with torch.fx.experimental._config.patch(use_duck_shape=False):
+            result: tuple[Tensor, Tensor | None] = kernel(
+                q, k, v, block_mask, score_mod, scale, return_lse
+            )
+        return result
+    try:
+        return kernel(q, k, v, block_mask, score_mod, scale, return_lse)  # type: ignore[no-any-return]
+    except _GaveUpError:
+        # dynamo met its limit of recompilations for this function; a new function has a new limit
+        del _kernels[key]
+        return run(q, k, v, block_mask, scale=scale, score_mod=score_mod, return_lse=return_lse)
+
+
+_kernels: dict[Any, Callable[..., Any]] = {}
+
+
+class _GaveUpError(RuntimeError):
+    """dynamo ran a kernel's Python body instead of compiling it, which would be dense and slow."""
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_mask: BlockMask,
+    score_mod: ScoreMod | None,
+    scale: float | None,
+    return_lse: bool,
+) -> Any:
+    gqa = q.shape[1] != k.shape[1]
+    options: dict[str, Any] = {"block_mask": block_mask, "scale": scale, "enable_gqa": gqa}
+    if return_lse:
+        aux = torch_flex.AuxRequest(lse=True)
+        out, extra = torch_flex.flex_attention(q, k, v, score_mod, return_aux=aux, **options)
+        return out, extra.lse
+    return torch_flex.flex_attention(q, k, v, score_mod, **options), None
+
+
+def _attend_compiled(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_mask: BlockMask,
+    score_mod: ScoreMod | None,
+    scale: float | None,
+    return_lse: bool,
+) -> Any:
+    if not torch.compiler.is_compiling():
+        raise _GaveUpError
+    return _attend(q, k, v, block_mask, score_mod, scale, return_lse)
+
+
+def _compile(device: torch.device) -> Callable[..., Any]:
+    """A compiled flex_attention with a code object, and so a cache and a limit, of its own."""
+    own_code = _attend_compiled.__code__.replace()
+    function = types.FunctionType(own_code, _attend_compiled.__globals__, "_attend_compiled")
+    # on CPU, lengths are data from the first call on; measured as fast as fixed lengths
+    return torch.compile(function, dynamic=True if device.type == "cpu" else None, fullgraph=True)
+
+
+def _kernel_key(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_mask: BlockMask,
+    score_mod: ScoreMod | None,
+    return_lse: bool,
+) -> Any:
+    """What a kernel is specialised for: the structure of the mask and never its numbers."""
+    code = getattr(block_mask.mask_mod, "__code__", block_mask.mask_mod)
+    score_code = getattr(score_mod, "__code__", score_mod)
+    grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    # sizes of 1 and the order of dimensions in memory are specialised by the compiler in any case
+    return (
+        code,
+        score_code,
+        return_lse,
+        grad,
+        q.device,
+        q.dtype,
+        q.shape[1],
+        k.shape[1],
+        q.shape[3],
+        v.shape[3],
+        q.shape[0] == 1,
+        q.shape[2] == 1,
+        k.shape[2] == 1,
+        q.is_contiguous(),
+        k.is_contiguous(),
+        v.is_contiguous(),
+    )

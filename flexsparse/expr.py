@@ -1,0 +1,439 @@
+"""Index expressions and masks over them: the one definition every reading is made from.
+
+An expression is an immutable tree. It has no length, device or head count. `Expr.steps` flattens the
+tree to a list in which each distinct sub-expression stands once; equality, hashing and every reading
+(tensors, intervals, text, lowered code) walk that list, so none of them recurses.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, NoReturn, TypeVar
+
+import torch
+from torch import Tensor
+
+from flexsparse.errors import MaskError
+
+VARIABLES = ("b", "h", "q_idx", "kv_idx")
+INT_LIMIT = 2**61  # constants beyond this could overflow int64 in the analysis
+
+Value = TypeVar("Value")
+
+
+class Table:
+    """A tensor read by `lookup`: compared by content, and watched for in-place changes."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self._version = self._current_version()
+
+    def _current_version(self) -> int | None:
+        # inference tensors do not count their versions
+        return None if self.tensor.is_inference() else self.tensor._version
+
+    @property
+    def changed(self) -> bool:
+        """Whether the tensor was written to after the expression was made."""
+        return self._current_version() != self._version
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Table):
+            return NotImplemented
+        a, b = self.tensor, other.tensor
+        if a is b:
+            return True
+        alike = a.dtype == b.dtype and a.shape == b.shape and a.device == b.device
+        return alike and torch.equal(a, b)
+
+    def __hash__(self) -> int:
+        return hash((self.tensor.dtype, self.tensor.shape))
+
+    def __repr__(self) -> str:
+        dtype = str(self.tensor.dtype).removeprefix("torch.")
+        return f"{dtype}[{', '.join(map(str, self.tensor.shape))}]"
+
+
+class Step(NamedTuple):
+    """One distinct sub-expression: an operator over the results of earlier steps."""
+
+    op: str
+    operands: tuple[int, ...]
+    payload: Any
+    is_mask: bool
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Expr:
+    """A node: an operator, its operands, and a constant or table for the leaves that carry one."""
+
+    op: str
+    args: tuple[Expr, ...] = ()
+    payload: Any = None
+    label: str | None = field(default=None)
+
+    @functools.cached_property
+    def steps(self) -> tuple[Step, ...]:
+        """The expression as a list of distinct steps, operands first, the expression itself last."""
+        slots: dict[int, int] = {}
+        numbered: dict[Step, int] = {}
+        for node in postorder(self):
+            operands = tuple(slots[id(arg)] for arg in node.args)
+            step = Step(node.op, operands, node.payload, isinstance(node, Mask))
+            slots[id(node)] = numbered.setdefault(step, len(numbered))
+        return tuple(numbered)
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash(self.steps)
+
+    @property
+    def variables(self) -> frozenset[str]:
+        """Which of b, h, q_idx and kv_idx the expression reads."""
+        return frozenset(step.op for step in self.steps if step.op in VARIABLES)
+
+    @property
+    def tables(self) -> tuple[Table, ...]:
+        """The tensors the expression reads."""
+        return tuple(step.payload for step in self.steps if isinstance(step.payload, Table))
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        if not isinstance(other, Expr):
+            return NotImplemented
+        return self._hash == other._hash and self.steps == other.steps
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __str__(self) -> str:
+        from flexsparse.text import formula
+
+        return formula(self)
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def postorder(root: Expr) -> Iterator[Expr]:
+    """Every node object once, operands before the node that uses them."""
+    seen: set[int] = set()
+    stack = [(root, False)]
+    while stack:
+        node, expanded = stack.pop()
+        if expanded:
+            yield node
+        elif id(node) not in seen:
+            seen.add(id(node))
+            stack.append((node, True))
+            stack.extend((arg, False) for arg in reversed(node.args))
+
+
+def evaluate(
+    expr: Expr, variables: Mapping[str, Value], reading: Mapping[str, Callable[..., Value]]
+) -> Value:
+    """Read an expression: `reading` says what each operator means, `variables` what b, h, ... are."""
+    values: list[Value] = []
+    for op, operands, payload, _ in expr.steps:
+        if op in VARIABLES:
+            values.append(variables[op])
+        elif payload is None:
+            values.append(reading[op](*[values[i] for i in operands]))
+        else:
+            values.append(reading[op](payload, *[values[i] for i in operands]))
+    return values[-1]
+
+
+class Index(Expr):
+    """An integer per (b, h, q_idx, kv_idx): a variable, a constant, arithmetic, or a table's entry."""
+
+    def __add__(self, other: Index | int) -> Index:
+        return Index("+", (self, as_index(other)))
+
+    def __radd__(self, other: int) -> Index:
+        return Index("+", (as_index(other), self))
+
+    def __sub__(self, other: Index | int) -> Index:
+        return Index("-", (self, as_index(other)))
+
+    def __rsub__(self, other: int) -> Index:
+        return Index("-", (as_index(other), self))
+
+    def __mul__(self, other: Index | int) -> Index:
+        return Index("*", (self, as_index(other)))
+
+    def __rmul__(self, other: int) -> Index:
+        return Index("*", (as_index(other), self))
+
+    def __floordiv__(self, other: Index | int) -> Index:
+        return Index("//", (self, _divisor(other, f"{self} // 0")))
+
+    def __rfloordiv__(self, other: int) -> Index:
+        return Index("//", (as_index(other), self))
+
+    def __mod__(self, other: Index | int) -> Index:
+        return Index("%", (self, _divisor(other, f"{self} % 0")))
+
+    def __rmod__(self, other: int) -> Index:
+        return Index("%", (as_index(other), self))
+
+    def __neg__(self) -> Index:
+        return as_index(0) - self
+
+    def __abs__(self) -> Index:
+        return Index("abs", (self,))
+
+    def __lt__(self, other: Index | int) -> Mask:
+        return Mask("<", (self, as_index(other)))
+
+    def __le__(self, other: Index | int) -> Mask:
+        return Mask("<=", (self, as_index(other)))
+
+    def __gt__(self, other: Index | int) -> Mask:
+        return Mask("<", (as_index(other), self))
+
+    def __ge__(self, other: Index | int) -> Mask:
+        return Mask("<=", (as_index(other), self))
+
+    def equals(self, other: Index | int) -> Mask:
+        """The mask that is true where both are the same number (`==` compares the expressions)."""
+        return Mask("==", (self, as_index(other)))
+
+    def __truediv__(self, other: object) -> NoReturn:
+        raise MaskError(f"({self}) / {other}: indices are integers; use // (floor division).")
+
+    def __bool__(self) -> NoReturn:
+        raise MaskError(
+            f"An index expression ({self}) has no single truth value. "
+            "Compare it (<, <=, .equals) to get a Mask, and combine Masks with & | ~."
+        )
+
+    def _no_logic(self, other: object) -> NoReturn:
+        raise MaskError(
+            f"& | ^ combine Masks, and {self} is an index expression. "
+            "Put parentheses round comparisons: (a <= b) & (c < d)."
+        )
+
+    __and__ = __rand__ = __or__ = __ror__ = __xor__ = __rxor__ = _no_logic
+
+
+class Mask(Expr):
+    """A truth value per (b, h, q_idx, kv_idx), true where the query may see the key.
+
+    A Mask is itself a FlexAttention mask_mod: call it with index tensors. Indices are absolute
+    positions; where query row 0 stands is an argument of compiling (`q_offset`), not of the mask.
+    """
+
+    def __call__(self, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Tensor:
+        """Evaluate on index tensors, which broadcast: the mask_mod of FlexAttention."""
+        variables = {"b": b, "h": h, "q_idx": q_idx, "kv_idx": kv_idx}
+        kept = evaluate(self, variables, TENSOR_READING)
+        if isinstance(kept, Tensor):
+            return kept
+        # a mask that reads no variable still answers on the device it was asked on
+        device = next((x.device for x in variables.values() if isinstance(x, Tensor)), None)
+        return torch.tensor(kept, device=device)
+
+    def named(self, label: str) -> Mask:
+        """The same mask, shown as `label` in reports and pictures; equality ignores the name."""
+        return replace(self, label=label)
+
+    @property
+    def name(self) -> str:
+        """The mask in the words it was composed from: 'causal & (sink(64) | window(256))'."""
+        from flexsparse.text import named_text
+
+        return named_text(self)
+
+    def at(self, **variables: Index | int) -> Mask:
+        """The same mask read at other positions: causal.at(q_idx=q_idx + 5) looks 5 keys ahead.
+
+        Args:
+            variables: an index expression for any of q_idx, kv_idx, h and b.
+        """
+        unknown = set(variables) - set(VARIABLES)
+        if unknown:
+            raise MaskError(f"at() got {sorted(unknown)}; a mask reads {', '.join(VARIABLES)}.")
+        rebuilt: dict[int, Expr] = {}
+        for node in postorder(self):
+            if node.op in variables:
+                rebuilt[id(node)] = as_index(variables[node.op])
+            elif node.args:
+                args = tuple(rebuilt[id(arg)] for arg in node.args)
+                rebuilt[id(node)] = type(node)(node.op, args, node.payload)
+            else:
+                rebuilt[id(node)] = node
+        moved = rebuilt[id(self)]
+        assert isinstance(moved, Mask)
+        return moved
+
+    def __and__(self, other: Mask) -> Mask:
+        return Mask("&", (self, _as_mask(other, "&")))
+
+    def __or__(self, other: Mask) -> Mask:
+        return Mask("|", (self, _as_mask(other, "|")))
+
+    def __xor__(self, other: Mask) -> Mask:
+        return Mask("^", (self, _as_mask(other, "^")))
+
+    def __invert__(self) -> Mask:
+        return Mask("~", (self,))
+
+    def __rand__(self, other: object) -> NoReturn:
+        _as_mask(other, "&")
+        raise AssertionError
+
+    def __ror__(self, other: object) -> NoReturn:
+        _as_mask(other, "|")
+        raise AssertionError
+
+    def __rxor__(self, other: object) -> NoReturn:
+        _as_mask(other, "^")
+        raise AssertionError
+
+    def __bool__(self) -> NoReturn:
+        raise MaskError(
+            "A Mask has no single truth value. You wrote `and`, `or`, `not`, `if`, or a chained "
+            "comparison; use & | ~, and split `a <= x < b` into (a <= x) & (x < b)."
+        )
+
+
+def as_index(value: Index | int) -> Index:
+    """Turn an int, or a 0-dimensional integer tensor, into an index expression."""
+    if isinstance(value, Index):
+        return value
+    if isinstance(value, int) and not isinstance(value, bool):
+        if abs(value) >= INT_LIMIT:
+            raise MaskError(f"The constant {value} is beyond 2**61, the limit of index arithmetic.")
+        return Index("const", payload=value)
+    if isinstance(value, Tensor) and value.dim() == 0:
+        read = lookup(value)
+        if isinstance(read, Index):
+            return read
+    found = f"a tensor of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+    raise MaskError(
+        f"Index arithmetic takes integers and index expressions, not {found}: {value!r}. "
+        "Read a tensor with fs.lookup(table, *indices)."
+    )
+
+
+def _divisor(value: Index | int, text: str) -> Index:
+    if isinstance(value, int) and value == 0:
+        raise MaskError(f"Division by zero: {text}. Use a divisor of 1 or more.")
+    return as_index(value)
+
+
+def _as_mask(value: object, op: str) -> Mask:
+    if isinstance(value, Mask):
+        return value
+    hint = {
+        bool: "`==` compares the expressions themselves; write a.equals(b) for the mask.",
+        Index: "Put parentheses round comparisons: (a <= b) & (c < d).",
+    }.get(type(value), "Call the pattern first, or read a boolean tensor with fs.lookup.")
+    raise MaskError(f"{op} combines two Masks, but one side is {type(value).__name__}. {hint}")
+
+
+def minimum(a: Index | int, b: Index | int) -> Index:
+    """The smaller of two index expressions."""
+    return Index("minimum", (as_index(a), as_index(b)))
+
+
+def maximum(a: Index | int, b: Index | int) -> Index:
+    """The larger of two index expressions."""
+    return Index("maximum", (as_index(a), as_index(b)))
+
+
+def lookup(table: Tensor, *indices: Index | int) -> Any:
+    """The entry of a tensor at index expressions: an Index for integers, a Mask for booleans.
+
+    Args:
+        table: an integer or boolean tensor of 0 to 4 dimensions; it is kept, not copied, and must
+            not be written to afterwards (running the mask then raises).
+        indices: one index expression for each dimension. Out of range is an error when compiling.
+    """
+    if not isinstance(table, Tensor):
+        raise MaskError(f"lookup reads a torch.Tensor, not {type(table).__name__}: {table!r}.")
+    if table.is_floating_point() or table.is_complex():
+        raise MaskError(f"lookup reads integers or booleans, and the table is {table.dtype}.")
+    if table.dim() != len(indices) or table.dim() > 4:
+        raise MaskError(
+            f"lookup got {len(indices)} indices for a table of {table.dim()} dimensions "
+            f"{tuple(table.shape)}; give one index for each dimension, of which there may be 0 to 4."
+        )
+    if table.dim() and table.numel() == 0:
+        raise MaskError(f"lookup got an empty table of shape {tuple(table.shape)}.")
+    node = Mask if table.dtype == torch.bool else Index
+    return node("lookup", tuple(as_index(i) for i in indices), Table(table))
+
+
+def _lookup_tensor(table: Table, *indices: Any) -> Tensor:
+    places = tuple(torch.as_tensor(i, device=table.tensor.device) for i in indices)
+    entries = table.tensor[places] if places else table.tensor
+    # arithmetic on narrow integers would wrap round
+    return entries if entries.dtype == torch.bool else entries.long()
+
+
+def _extremum(tensor_op: Callable[..., Tensor], number_op: Callable[..., Any]) -> Callable[..., Any]:
+    def apply(a: Any, b: Any) -> Any:
+        tensors = [x for x in (a, b) if isinstance(x, Tensor)]
+        if not tensors:
+            return number_op(a, b)
+        a, b = (torch.as_tensor(x, device=tensors[0].device) for x in (a, b))
+        return tensor_op(a, b)
+
+    return apply
+
+
+# what the operators mean on tensors (and on plain numbers): the exact reading
+TENSOR_READING: dict[str, Callable[..., Any]] = {
+    "const": lambda value: value,
+    "lookup": _lookup_tensor,
+    "+": lambda a, b: a + b,
+    "-": lambda a, b: a - b,
+    "*": lambda a, b: a * b,
+    "//": lambda a, b: a // b,
+    "%": lambda a, b: a % b,
+    "abs": abs,
+    "minimum": _extremum(torch.minimum, min),
+    "maximum": _extremum(torch.maximum, max),
+    "<": lambda a, b: a < b,
+    "<=": lambda a, b: a <= b,
+    "==": lambda a, b: a == b,
+    "&": lambda a, b: a & b,
+    "|": lambda a, b: a | b,
+    "^": lambda a, b: a ^ b,
+    "~": lambda a: (not a) if isinstance(a, bool) else ~a,
+}
+
+b = Index("b")
+h = Index("h")
+q_idx = Index("q_idx")
+kv_idx = Index("kv_idx")
+
+Pattern = TypeVar("Pattern", bound=Callable[..., Mask])
+
+
+def pattern(build: Pattern) -> Pattern:
+    """Name the masks that a function returns after the call that made them: window(256).
+
+    Decorate a function of your own with it, and reports and pictures show your name.
+    """
+
+    @functools.wraps(build)
+    def named(*args: Any, **kwargs: Any) -> Mask:
+        shown = [_argument(a) for a in args]
+        shown += [f"{key}={_argument(value)}" for key, value in kwargs.items()]
+        return build(*args, **kwargs).named(f"{build.__name__}({', '.join(shown)})")
+
+    return named  # type: ignore[return-value]
+
+
+def _argument(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return repr(Table(value))
+    if isinstance(value, Mask):
+        return value.name
+    return repr(value)

@@ -1,0 +1,92 @@
+"""One mask per query head: the distinct masks, and which head has which."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from flexsparse.errors import MaskError
+from flexsparse.expr import Mask, h, lookup
+
+
+@dataclass(frozen=True)
+class PerHead:
+    """Masks of several query heads: head i has `distinct[which[i]]`.
+
+    distinct: the different masks, in the order in which they first occur
+    which: for each query head, the place of its mask in `distinct`
+    """
+
+    distinct: tuple[Mask, ...]
+    which: tuple[int, ...]
+
+    @property
+    def n_heads(self) -> int:
+        """The number of query heads."""
+        return len(self.which)
+
+    def heads_of(self, place: int) -> tuple[int, ...]:
+        """The heads that have the mask `distinct[place]`."""
+        return tuple(head for head, i in enumerate(self.which) if i == place)
+
+    def __getitem__(self, head: int) -> Mask:
+        return self.distinct[self.which[head]]
+
+    def mask(self, device: torch.device) -> Mask:
+        """All heads as one mask that reads the head index, through a table on a device."""
+        if len(self.distinct) == 1:
+            return self.distinct[0]
+        which = lookup(torch.tensor(self.which, device=device), h)
+        result: Mask | None = None
+        for place, mask in enumerate(self.distinct):
+            part = which.equals(place) & mask
+            result = part if result is None else result | part
+        assert result is not None
+        return result.named(f"per_head of {self.n_heads} heads")
+
+    def __str__(self) -> str:
+        lines = [
+            f"  {mask.name}   {head_ranges(self.heads_of(place))}"
+            for place, mask in enumerate(self.distinct)
+        ]
+        return f"PerHead: {self.n_heads} heads, {len(self.distinct)} distinct masks\n" + "\n".join(
+            lines
+        )
+
+    __repr__ = __str__
+
+
+def per_head(masks: Sequence[Mask]) -> PerHead:
+    """Give each query head its own mask: masks[i] is head i's; equal masks are compiled once.
+
+    Args:
+        masks: one mask for each *query* head (with GQA there are more of these than kv heads).
+    """
+    masks = list(masks)
+    if not masks:
+        raise MaskError("per_head got no masks. Give one mask for each query head.")
+    for head, mask in enumerate(masks):
+        if not isinstance(mask, Mask):
+            raise MaskError(
+                f"per_head got {type(mask).__name__} for head {head}: {mask!r}. Give a Mask for each "
+                "query head; call patterns that take arguments, and wrap a mask_mod function with "
+                "flexsparse.from_mask_mod."
+            )
+    distinct = tuple(dict.fromkeys(masks))
+    places = {mask: place for place, mask in enumerate(distinct)}
+    return PerHead(distinct, tuple(places[mask] for mask in masks))
+
+
+def head_ranges(heads: Sequence[int]) -> str:
+    """Heads as text: 'heads 0-7, 9'."""
+    runs: list[list[int]] = []
+    for head in heads:
+        if runs and head == runs[-1][1] + 1:
+            runs[-1][1] = head
+        else:
+            runs.append([head, head])
+    text = ", ".join(f"{a}-{z}" if a < z else str(a) for a, z in runs)
+    return f"head{'s' if len(heads) > 1 else ''} {text}"
+

@@ -1,0 +1,60 @@
+"""Whether q, k and v fit a compiled mask and each other."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from flexsparse.compiler import CompiledMask
+
+
+def mismatch(compiled: CompiledMask, q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """Why these inputs do not fit this mask or each other, as a sentence, or None if they do."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor) or x.dim() != 4:
+            found = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            return f"{name} is {found}; it must be a tensor [batch, heads, tokens, head_dim]."
+        if x.dtype != q.dtype:
+            return f"{name} is {x.dtype} and q is {q.dtype}; give all three the same dtype."
+        if x.device != compiled.device:
+            return (
+                f"{name} is on {x.device} and this mask was compiled for {compiled.device}. Compile "
+                f"again with device={str(x.device)!r}, or move {name}."
+            )
+        if x.shape[0] != q.shape[0]:
+            return f"{name} has {x.shape[0]} batch rows and q has {q.shape[0]}; give them the same."
+    if not q.is_floating_point():
+        return f"q, k and v are {q.dtype}; attention takes floating-point tensors."
+    for name, n, compiled_n, what in (
+        ("q", q.shape[2], compiled.q_len, "q_len"),
+        ("k", k.shape[2], compiled.kv_len, "kv_len"),
+        ("v", v.shape[2], compiled.kv_len, "kv_len"),
+    ):
+        if n != compiled_n:
+            return (
+                f"{name} has length {n} but this mask was compiled for {what}={compiled_n}. "
+                f"Compile again with {what}={n}; compiling takes milliseconds."
+            )
+    if q.shape[3] != k.shape[3]:
+        return f"q has head_dim {q.shape[3]} and k has {k.shape[3]}; they must be the same."
+    n_heads, n_kv_heads = q.shape[1], k.shape[1]
+    if v.shape[1] != n_kv_heads:
+        return f"k has {n_kv_heads} heads and v has {v.shape[1]}; they must have the same."
+    if n_kv_heads == 0 or n_heads % n_kv_heads:
+        return f"q has {n_heads} heads, which is not a multiple of the {n_kv_heads} heads of k and v."
+    if compiled.n_heads is not None and n_heads != compiled.n_heads:
+        return (
+            f"The mask has {compiled.n_heads} heads but q has {n_heads} query heads. Give one mask "
+            f"per *query* head (not per kv head: n_kv_heads = {n_kv_heads})."
+        )
+    if compiled.batch is not None and q.shape[0] != compiled.batch:
+        return f"q has {q.shape[0]} batch rows but this mask was compiled for batch={compiled.batch}."
+    for table in compiled.tables:
+        if table.changed:
+            return (
+                f"The table {table!r} of the mask was written to after it was compiled. Make and "
+                "compile the mask again from the new values."
+            )
+    return None

@@ -1,0 +1,129 @@
+"""Mask -> mask_mod whose numbers are data: masks of one structure run through one compiled kernel.
+
+A mask becomes a flat Python function. Its constants are entries of a small tensor on the device and
+its tables are captured tensors, so that torch.compile sees the same code for every window size:
+
+    >>> print(source((kv_idx <= q_idx) & (q_idx - kv_idx < 256)))
+    def bind(numbers, tables):
+        def mask_mod(b, h, q_idx, kv_idx):
+            ...
+"""
+
+from __future__ import annotations
+
+import functools
+import linecache
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexsparse.expr import VARIABLES, Index, Mask, Table, postorder
+
+MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+INT32_MAX = 2**31 - 1
+
+
+def lower(
+    mask: Mask,
+    device: torch.device,
+    q_offset: int = 0,
+    heads: Sequence[int] | None = None,
+    wide: bool = False,
+) -> MaskMod:
+    """The mask as a mask_mod of row numbers: query row r stands at position r + q_offset.
+
+    Args:
+        mask: what to lower.
+        device: where the kernel runs; the mask's tables must be there already.
+        q_offset: position of query row 0, in tokens.
+        heads: the head that each head index of the launch stands for; None where they are the same.
+        wide: compute in int64 because some index leaves int32 (kernels count in int32).
+    """
+    numbers: list[int] = [q_offset]
+    tables: list[Tensor] = []
+    lines: list[str] = []
+
+    def number(value: int) -> str:
+        numbers.append(value)
+        return f"n{len(numbers) - 1}"
+
+    def table(tensor: Tensor) -> str:
+        tables.append(tensor)
+        return f"t{len(tables) - 1}"
+
+    # Shared by node, not by value: window(64) & sink(64) must become the code of window(64) & sink(8).
+    names: dict[int, str] = {}
+    for node in postorder(mask):
+        args = [names[id(a)] if id(a) in names else number(a.payload) for a in node.args]
+        if node.op == "q_idx":
+            text = "q_idx + n0" if not wide else "(q_idx + n0).to(torch.int64)"
+        elif node.op == "kv_idx" and wide:
+            text = "kv_idx.to(torch.int64)"
+        elif node.op == "h" and heads is not None:
+            text = f"{table(torch.tensor(list(heads), device=device))}[h]"
+        elif node.op in VARIABLES:
+            names[id(node)] = node.op
+            continue
+        elif node.op == "const" and isinstance(node, Mask):
+            text = f"kv_idx {'>=' if node.payload else '<'} 0"
+        elif node.op == "const":
+            continue  # written where it is used
+        elif isinstance(node.payload, Table):
+            text = _read(node.payload.tensor, args, table, number)
+            if isinstance(node, Index) and wide:
+                text += ".to(torch.int64)"
+            elif isinstance(node, Index) and node.payload.tensor.element_size() < 4:
+                text += ".to(torch.int32)"  # arithmetic on narrow integers would wrap round
+        else:
+            text = TEXT_READING.get(node.op, f"{{}} {node.op} {{}}").format(*args)
+        names[id(node)] = f"v{len(lines)}"
+        lines.append(f"v{len(lines)} = {text}")
+    bind = _bind(_function(lines, names[id(mask)], len(numbers), len(tables)))
+    dtype = torch.int32 if max(map(abs, numbers)) <= INT32_MAX else torch.int64
+    mask_mod: MaskMod = bind(torch, *torch.tensor(numbers, dtype=dtype, device=device), *tables)
+    return mask_mod
+
+
+TEXT_READING = {
+    "~": "~{}",
+    "abs": "abs({})",
+    "minimum": "torch.minimum({}, {})",
+    "maximum": "torch.maximum({}, {})",
+}
+
+
+def _read(
+    tensor: Tensor, args: list[str], table: Callable[[Tensor], str], number: Callable[[int], str]
+) -> str:
+    """Read a table through one flat index: inductor's C++ cannot compile 2-D captures of dynamic
+    stride, and the shape of a table is then data too."""
+    if tensor.dim() < 2 or tensor.numel() > INT32_MAX:
+        return f"{table(tensor)}[{', '.join(args)}]" if args else table(tensor)
+    index = args[0]
+    for size, arg in zip(tensor.shape[1:], args[1:], strict=True):
+        index = f"({index}) * {number(size)} + {arg}"
+    return f"{table(tensor.reshape(-1))}[{index}]"
+
+
+def _function(lines: list[str], result: str, n_numbers: int, n_tables: int) -> str:
+    captured = [f"n{i}" for i in range(n_numbers)] + [f"t{i}" for i in range(n_tables)]
+    body = "\n".join(f"        {line}" for line in lines)
+    return (
+        f"def bind(torch, {', '.join(captured)}):\n"
+        f"    def mask_mod(b, h, q_idx, kv_idx):\n{body}\n        return {result}\n"
+        f"    return mask_mod\n"
+    )
+
+
+@functools.cache
+def _bind(source: str) -> Callable[..., Any]:
+    """One code object for each structure, which is what torch.compile's caches go by."""
+    filename = f"<flexsparse mask {hash(source):x}>"
+    linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
+    namespace: dict[str, Any] = {}
+    # the source is made above from operators and numbered names only; no text of a user's is in it
+    exec(compile(source, filename, "exec"), namespace)
+    bind: Callable[..., Any] = namespace["bind"]
+    return bind

@@ -1,0 +1,331 @@
+"""Masks as text: formula(mask) writes one, parse(text) reads it back. Nothing is ever evaluated.
+
+The grammar is Python's, with Python's precedence, of these pieces alone:
+
+    mask       or over ^ over & over comparisons:  |  ^  &  < <= > >= ==
+    index      + - over * // % over unary - ~ over primaries
+    primary    integer, name, name(arguments), (mask), primary.equals(index)
+    arguments  any of the above, or literals: 1.5, True, None, 'text', [1, 2], (1, 2), and key=value
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from flexsparse.errors import MaskError
+from flexsparse.expr import (
+    Expr,
+    Index,
+    Mask,
+    as_index,
+    b,
+    h,
+    kv_idx,
+    maximum,
+    minimum,
+    postorder,
+    q_idx,
+)
+
+# binding strength, as in Python: a comparison binds more loosely than & | ^
+COMPARISON, OR, XOR, AND, SUM, PRODUCT, UNARY, ATOM = range(8)
+INFIX = {
+    "<": COMPARISON,
+    "<=": COMPARISON,
+    "|": OR,
+    "^": XOR,
+    "&": AND,
+    "+": SUM,
+    "-": SUM,
+    "*": PRODUCT,
+    "//": PRODUCT,
+    "%": PRODUCT,
+}
+BUILTINS: dict[str, Any] = {
+    "b": b,
+    "h": h,
+    "q_idx": q_idx,
+    "kv_idx": kv_idx,
+    "abs": abs,
+    "minimum": minimum,
+    "maximum": maximum,
+}
+
+
+def formula(expr: Expr) -> str:
+    """The expression itself, in Python's syntax: '(kv_idx <= q_idx) & (q_idx - kv_idx < 4)'."""
+    return _write(expr, use_labels=False)
+
+
+def named_text(expr: Expr) -> str:
+    """The expression in the names it was composed from: 'causal & window(4)'."""
+    return _write(expr, use_labels=True)
+
+
+def _write(root: Expr, use_labels: bool) -> str:
+    written: dict[int, tuple[str, int]] = {}
+    for node in postorder(root):
+        if use_labels and node.label is not None:
+            written[id(node)] = (node.label, ATOM)
+        else:
+            written[id(node)] = _write_node(node, [written[id(arg)] for arg in node.args])
+    return written[id(root)][0]
+
+
+def _write_node(node: Expr, args: list[tuple[str, int]]) -> tuple[str, int]:
+    def operand(i: int, at_least: int) -> str:
+        text, strength = args[i]
+        return text if strength >= at_least else f"({text})"
+
+    if node.op == "const":
+        return str(node.payload), UNARY if str(node.payload).startswith("-") else ATOM
+    if node.op in INFIX:
+        strength = INFIX[node.op]
+        # operators group to the left, and comparisons do not chain
+        left = operand(0, strength + (strength == COMPARISON))
+        return f"{left} {node.op} {operand(1, strength + 1)}", strength
+    if node.op == "~":
+        return f"~{operand(0, UNARY)}", UNARY
+    if node.op == "==":
+        return f"{operand(0, ATOM)}.equals({args[1][0]})", ATOM
+    if not node.args and node.payload is None:
+        return node.op, ATOM
+    inside = ([repr(node.payload)] if node.payload is not None else []) + [text for text, _ in args]
+    return f"{node.op}({', '.join(inside)})", ATOM
+
+
+def parse(text: str, names: Mapping[str, Any] | None = None) -> Mask:
+    """Read a mask from text; parse(str(mask)) == mask for every mask without tensors.
+
+    Args:
+        text: for example 'causal & (sink(64) | window(256))', or a formula of q_idx and kv_idx.
+        names: the patterns the text may use, such as vars(flexsparse.masks). Only what is in here
+            (and b, h, q_idx, kv_idx, abs, minimum, maximum) can be called.
+
+    Raises:
+        MaskError: with the column, what was found there, and the nearest known name.
+    """
+    return _Parser(text, {**BUILTINS, **(names or {})}).mask()
+
+
+_TOKEN = re.compile(
+    r"\s*(?:(?P<number>\d+\.\d+(?:[eE][-+]?\d+)?|\d+)|(?P<name>[A-Za-z_]\w*)|(?P<string>'[^']*'|\"[^\"]*\")"
+    r"|(?P<op>//|<=|>=|==|[-+*%<>&|^~()\[\],.=]))"
+)
+_LITERALS = {"None": None}
+
+
+class _Parser:
+    """Recursive descent over tokens (kind, text, column); columns count from 1."""
+
+    def __init__(self, text: str, names: Mapping[str, Any]) -> None:
+        self.text = text
+        self.names = names
+        self.tokens = self._tokens()
+        self.position = 0
+        self.depth = 0
+
+    def _tokens(self) -> list[tuple[str, str, int]]:
+        if not isinstance(self.text, str):
+            raise MaskError(f"A mask is parsed from a str, not {type(self.text).__name__}.")
+        tokens, place, end = [], 0, len(self.text.rstrip())
+        while place < end:
+            match = _TOKEN.match(self.text, place)
+            if match is None:
+                place += len(self.text[place:]) - len(self.text[place:].lstrip())
+                self.fail(place + 1, f"{self.text[place]!r} is not part of the mask language")
+            assert match.lastgroup is not None
+            tokens.append((match.lastgroup, match[match.lastgroup], match.start(match.lastgroup) + 1))
+            place = match.end()
+        return [*tokens, ("end", "the end of the text", end + 1)]
+
+    def fail(self, column: int, reason: str) -> Any:
+        raise MaskError(f"Cannot read the mask at column {column}: {reason}.\n  {self.text}\n  {' ' * (column - 1)}^")
+
+    def take(self, *texts: str) -> tuple[str, int] | None:
+        kind, text, column = self.tokens[self.position]
+        if kind == "op" and text in texts:
+            self.position += 1
+            return text, column
+        return None
+
+    def expect(self, text: str) -> None:
+        if self.take(text) is None:
+            _, found, column = self.tokens[self.position]
+            self.fail(column, f"expected {text!r} and found {found!r}")
+
+    def mask(self) -> Mask:
+        value = self.comparison()
+        kind, found, column = self.tokens[self.position]
+        if kind != "end":
+            self.fail(column, f"expected an operator and found {found!r}")
+        if isinstance(value, bool):
+            return Mask("const", payload=value)
+        if not isinstance(value, Mask):
+            what = "an index expression" if isinstance(value, Index) else repr(value)
+            self.fail(1, f"the text is {what}, not a mask; compare it with < <= > >= or .equals")
+        return value
+
+    def comparison(self) -> Any:
+        left = self.infix(OR)
+        operator = self.take("<", "<=", ">", ">=", "==")
+        if operator is None:
+            return left
+        right = self.infix(OR)
+        chained = self.take("<", "<=", ">", ">=", "==")
+        if chained:
+            self.fail(chained[1], "comparisons do not chain; split a <= x < b into (a <= x) & (x < b)")
+        compare: dict[str, Callable[[Any, Any], Mask]] = {
+            "<": lambda a, c: a < c,
+            "<=": lambda a, c: a <= c,
+            ">": lambda a, c: a > c,
+            ">=": lambda a, c: a >= c,
+            "==": lambda a, c: a.equals(c),
+        }
+        return self.apply(compare[operator[0]], operator[1], left, right, Index)
+
+    def infix(self, strength: int) -> Any:
+        if strength == UNARY:
+            return self.unary()
+        left = self.infix(strength + 1)
+        operators = tuple(op for op, s in INFIX.items() if s == strength)
+        kind = Mask if strength < SUM else Index
+        while (operator := self.take(*operators)) is not None:
+            right = self.infix(strength + 1)
+            left = self.apply(_OPERATORS[operator[0]], operator[1], left, right, kind)
+        return left
+
+    def apply(self, build: Callable[..., Any], column: int, left: Any, right: Any, kind: type) -> Any:
+        sides = []
+        for side in (left, right):
+            if kind is Mask and isinstance(side, bool):
+                side = Mask("const", payload=side)
+            elif kind is Index and isinstance(side, int) and not isinstance(side, bool):
+                side = as_index(side)
+            if not isinstance(side, kind):
+                what = "a mask" if isinstance(side, Mask) else "an index expression"
+                what = what if isinstance(side, Expr) else repr(side)
+                fix = "put parentheses round comparisons: (a <= b) & (c < d)"
+                need = "masks" if kind is Mask else "integers and index expressions"
+                self.fail(column, f"this operator takes {need} and one side is {what}; {fix}")
+            sides.append(side)
+        return self.guard(column, build, *sides)
+
+    def guard(self, column: int, build: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Build, and give an error of the mask's own the place in the text where it arose."""
+        try:
+            return build(*args, **kwargs)
+        except MaskError as error:
+            return self.fail(column, str(error).rstrip("."))
+        except TypeError as error:
+            return self.fail(column, str(error))
+
+    def unary(self) -> Any:
+        operator = self.take("-", "~")
+        if operator is None:
+            return self.postfix()
+        value = self.nested(operator[1], self.unary)
+        if operator[0] == "-":
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                return -value
+            return self.apply(lambda a, c: -a, operator[1], value, value, Index)
+        return self.apply(lambda a, c: ~a, operator[1], value, value, Mask)
+
+    def nested(self, column: int, read: Callable[[], Any]) -> Any:
+        self.depth += 1
+        if self.depth > 100:
+            self.fail(column, "more than 100 levels of nesting")
+        value = read()
+        self.depth -= 1
+        return value
+
+    def postfix(self) -> Any:
+        value = self.primary()
+        while (dot := self.take(".")) is not None:
+            _, name, column = self.tokens[self.position]
+            if name != "equals":
+                self.fail(column, f"only .equals(...) may follow a dot, not {name!r}")
+            self.position += 1
+            (other,), _ = self.arguments()
+            value = self.apply(lambda a, c: a.equals(c), dot[1], value, other, Index)
+        return value
+
+    def primary(self) -> Any:
+        kind, text, column = self.tokens[self.position]
+        self.position += 1
+        if kind == "number":
+            return float(text) if "." in text else int(text)
+        if kind == "string":
+            return text[1:-1]
+        if kind == "name":
+            return self.name(text, column)
+        if text == "(":
+            values, is_tuple = self.items(")", column)
+            return tuple(values) if is_tuple else values[0]
+        if text == "[":
+            return self.items("]", column)[0]
+        return self.fail(column, f"expected a pattern, a number or '(' and found {text!r}")
+
+    def items(self, close: str, column: int) -> tuple[list[Any], bool]:
+        """What stands between brackets, and whether a comma makes it a tuple."""
+        values: list[Any] = []
+        comma = False
+        while self.take(close) is None:
+            if values and not comma:
+                self.expect(",")
+            values.append(self.nested(column, self.comparison))
+            comma = self.take(",") is not None
+            if not comma:
+                self.expect(close)
+                return values, len(values) != 1
+        return values, True
+
+    def name(self, text: str, column: int) -> Any:
+        if text in ("True", "False"):
+            return text == "True"
+        if text in _LITERALS:
+            return _LITERALS[text]
+        if text not in self.names:
+            near = difflib.get_close_matches(text, self.names, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            known = ", ".join(sorted(self.names))
+            self.fail(column, f"unknown name {text!r}{hint} Known names: {known}")
+        value = self.names[text]
+        if callable(value) and not isinstance(value, Expr):
+            _, found, place = self.tokens[self.position]
+            if found != "(":
+                self.fail(place, f"{text} needs its arguments: {text}(...)")
+            args, kwargs = self.arguments()
+            return self.guard(column, value, *args, **kwargs)
+        return value
+
+    def arguments(self) -> tuple[list[Any], dict[str, Any]]:
+        _, _, column = self.tokens[self.position]
+        self.expect("(")
+        args: list[Any] = []
+        kwargs: dict[str, Any] = {}
+        while self.take(")") is None:
+            if args or kwargs:
+                self.expect(",")
+            kind, name, _ = self.tokens[self.position]
+            if kind == "name" and self.tokens[self.position + 1][1] == "=":
+                self.position += 2
+                kwargs[name] = self.nested(column, self.comparison)
+            else:
+                args.append(self.nested(column, self.comparison))
+        return args, kwargs
+
+
+_OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
+    "|": lambda a, c: a | c,
+    "^": lambda a, c: a ^ c,
+    "&": lambda a, c: a & c,
+    "+": lambda a, c: a + c,
+    "-": lambda a, c: a - c,
+    "*": lambda a, c: a * c,
+    "//": lambda a, c: a // c,
+    "%": lambda a, c: a % c,
+}

@@ -1,0 +1,135 @@
+"""What must hold of a mask at given lengths before it is compiled; each broken rule is a sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from flexsparse.classify import Grid, classify
+from flexsparse.expr import (
+    INT_LIMIT,
+    TENSOR_READING,
+    VARIABLES,
+    Expr,
+    Index,
+    Mask,
+    Table,
+    evaluate,
+    postorder,
+)
+from flexsparse.interval import INTERVAL_READING, Interval, Truth
+
+INT32_MAX = 2**31 - 1
+
+
+def problem(mask: Mask, grid: Grid, device: torch.device) -> str | None:
+    """Why this mask cannot be compiled for this grid and device, or None if it can.
+
+    Proved, not sampled: a table is read out of range, or a divisor is 0, only if some
+    (b, h, q_idx, kv_idx) of the grid does it.
+    """
+    for table in mask.tables:
+        if table.tensor.device != device:
+            return (
+                f"The table {table!r} is on {table.tensor.device} and the mask is compiled for "
+                f"{device}. Move the table with .to({str(device)!r}) before making the mask, or "
+                f"compile with device={str(table.tensor.device)!r}."
+            )
+        if table.changed:
+            return (
+                f"The table {table!r} was written to after the mask was made from it. "
+                "Make the mask again from the new values, or from a clone."
+            )
+    for broken, sentence in _suspicions(mask, grid):
+        place = find(broken, grid)
+        if place is not None:
+            b, h, q, kv = place
+            return f"{sentence} at q_idx={q}, kv_idx={kv} (b={b}, h={h})."
+    return None
+
+
+def needs_int64(mask: Mask, grid: Grid) -> bool:
+    """Whether index arithmetic may leave int32 at these lengths."""
+    return any(
+        isinstance(node, Index) and max(-bounds.lo, bounds.hi) > INT32_MAX
+        for node, bounds in whole_bounds(mask, grid)
+    )
+
+
+def whole_bounds(mask: Mask, grid: Grid) -> Iterator[tuple[Expr, Any]]:
+    """Every sub-expression with its Interval or Truth over the whole grid, operands first."""
+    variables = {
+        "b": Interval(0, grid.batch - 1),
+        "h": Interval(min(grid.heads), max(grid.heads)),
+        "q_idx": Interval(grid.q_offset, grid.q_offset + grid.q_len - 1),
+        "kv_idx": Interval(0, grid.kv_len - 1),
+    }
+    bounds: dict[int, Any] = {}
+    for node in postorder(mask):
+        if node.op in VARIABLES:
+            result: Any = variables[node.op]
+        elif isinstance(node.payload, Table):
+            low, high = (int(x) for x in node.payload.tensor.aminmax())
+            result = Truth(bool(low), bool(high)) if isinstance(node, Mask) else Interval(low, high)
+        else:
+            constant = () if node.payload is None else (node.payload,)
+            result = INTERVAL_READING[node.op](*constant, *[bounds[id(arg)] for arg in node.args])
+        bounds[id(node)] = result
+        yield node, result
+
+
+def _suspicions(mask: Mask, grid: Grid) -> Iterator[tuple[Mask, str]]:
+    """Rules that bounds over the whole grid do not clear: where they are broken, and the sentence.
+
+    Operands come first, so that an expression is looked at only after all that it reads is sound.
+    """
+    bounds: dict[int, Any] = {}
+    for node, bound in whole_bounds(mask, grid):
+        bounds[id(node)] = bound
+        if isinstance(node, Index) and max(-bound.lo, bound.hi) >= INT_LIMIT:
+            yield (
+                Mask("const", payload=True),
+                f"{node} may leave int64 at these lengths (its bounds are {bound.lo} and "
+                f"{bound.hi}), for example",
+            )
+        if node.op in ("//", "%"):
+            divisor = node.args[1]
+            assert isinstance(divisor, Index)
+            if bounds[id(divisor)].lo <= 0 <= bounds[id(divisor)].hi:
+                yield divisor.equals(0), f"The divisor of {node} is 0"
+        if isinstance(node.payload, Table):
+            for dim, index in enumerate(node.args):
+                size = node.payload.tensor.shape[dim]
+                assert isinstance(index, Index)
+                lo, hi = bounds[id(index)]
+                if lo < 0 or hi >= size:
+                    negative = " (negative positions come from q_offset < 0)" if lo < 0 else ""
+                    yield (
+                        (index < 0) | (index >= size),
+                        f"The table {node.payload!r} is read out of range: dimension {dim} has "
+                        f"{size} entries, and the index {index} reaches from {lo} to {hi}{negative}. "
+                        "Make the table longer, or bound the index with minimum and maximum. It "
+                        "is out of range",
+                    )
+
+
+def find(mask: Mask, grid: Grid) -> tuple[int, int, int, int] | None:
+    """The first place (b, h, q_idx, kv_idx) of the grid where a mask is true, or None."""
+    classes = classify(mask, grid)
+    for rectangles in (classes.full, classes.partial):
+        if not len(rectangles.plane):
+            continue
+        q_block, kv_block = grid.block_size
+        q0, kv0 = int(rectangles.row0[0]) * q_block, int(rectangles.column0[0]) * kv_block
+        q = torch.arange(q0, min(q0 + q_block, grid.q_len))[:, None] + grid.q_offset
+        kv = torch.arange(kv0, min(kv0 + kv_block, grid.kv_len))
+        b, head = divmod(int(rectangles.plane[0]), len(grid.heads))
+        h = grid.heads[head]
+        device = next((t.tensor.device for t in mask.tables), torch.device("cpu"))
+        variables = {"b": b, "h": h, "q_idx": q.to(device), "kv_idx": kv.to(device)}
+        kept = torch.as_tensor(evaluate(mask, variables, TENSOR_READING))
+        row, column = kept.expand(len(q), len(kv)).nonzero()[0].tolist()
+        return b, h, int(q[row]), int(kv[column])
+    return None
