@@ -6,7 +6,20 @@ which blocks it keeps and runs it.
 
 from flexsparse.compiler import CompiledMask, compile_mask
 from flexsparse.errors import ExecutorError, MaskError
-from flexsparse.expr import Index, Mask, b, h, kv_idx, lookup, maximum, minimum, pattern, q_idx
+from flexsparse.expr import (
+    Index,
+    Mask,
+    b,
+    everything,
+    h,
+    kv_idx,
+    lookup,
+    maximum,
+    minimum,
+    nothing,
+    pattern,
+    q_idx,
+)
 from flexsparse.heads import PerHead, per_head
 from flexsparse.text import parse
 
@@ -21,11 +34,13 @@ __all__ = [
     "PerHead",
     "b",
     "compile_mask",
+    "everything",
     "h",
     "kv_idx",
     "lookup",
     "maximum",
     "minimum",
+    "nothing",
     "parse",
     "pattern",
     "per_head",

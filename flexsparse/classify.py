@@ -132,27 +132,32 @@ def classify(mask: Mask, grid: Grid) -> BlockClasses:
     side = 1
     while side < max(grid.rows, grid.columns):
         side *= SPLIT
-    plane = torch.arange(grid.planes)
-    row = column = torch.zeros(grid.planes, dtype=torch.int64)
-    full: list[Rectangles] = []
-    while True:
-        undecided = []
-        for start in range(0, len(plane), CELLS_AT_ONCE):
-            cells = [x[start : start + CELLS_AT_ONCE] for x in (plane, row, column)]
-            always, ever = _bound(mask, reading, grid, cells, side)
-            full.append(_rectangles(grid, [x[always] for x in cells], side))
-            open_cells = ever & ~always
-            undecided.append([x[open_cells] for x in cells])
-        plane, row, column = (torch.cat(parts) for parts in zip(*undecided, strict=True))
-        if side == 1 or not len(plane):
-            break
-        side //= SPLIT
-        plane, row, column = _split(grid, plane, row, column, side)
-
-    partial, settled_full, evaluated = _settle(mask, grid, plane, row, column)
-    whole, ragged = _part_ragged(grid, _concatenate([*full, _rectangles(grid, settled_full, 1)]))
-    partial_rectangles = _concatenate([_rectangles(grid, partial, 1), ragged])
-    return BlockClasses(grid, partial_rectangles, whole, evaluated)
+    every_plane = torch.arange(grid.planes)
+    origin = torch.zeros_like(every_plane)
+    nothing = [every_plane[:0]] * 3
+    full, partial, evaluated = [_rectangles(grid, nothing, 1)], [_rectangles(grid, nothing, 1)], 0
+    # depth first, so that memory follows the result and not the number of open cells
+    stack = [(side, [every_plane, origin, origin])]
+    while stack:
+        side, cells = stack.pop()
+        if len(cells[0]) > CELLS_AT_ONCE:
+            chunks = zip(*(x.split(CELLS_AT_ONCE) for x in cells), strict=True)
+            stack += [(side, list(chunk)) for chunk in chunks]
+            continue
+        always, ever = _bound(mask, reading, grid, cells, side)
+        full.append(_rectangles(grid, [x[always] for x in cells], side))
+        open_cells = [x[ever & ~always] for x in cells]
+        if not len(open_cells[0]):
+            continue
+        if side > 1:
+            stack.append((side // SPLIT, _split(grid, open_cells, side // SPLIT)))
+            continue
+        some_partial, some_full, looked_at = _settle(mask, grid, open_cells)
+        partial.append(_rectangles(grid, some_partial, 1))
+        full.append(_rectangles(grid, some_full, 1))
+        evaluated += looked_at
+    whole, ragged = _part_ragged(grid, _concatenate(full))
+    return BlockClasses(grid, _concatenate([*partial, ragged]), whole, evaluated)
 
 
 def _interval_reading(mask: Mask) -> dict[str, Any]:
@@ -202,8 +207,9 @@ def _batch_and_head(grid: Grid, plane: Tensor) -> tuple[Tensor, Tensor]:
     return plane // len(heads), heads[plane % len(heads)]
 
 
-def _split(grid: Grid, plane: Tensor, row: Tensor, column: Tensor, side: int) -> list[Tensor]:
+def _split(grid: Grid, cells: list[Tensor], side: int) -> list[Tensor]:
     """The cells of `side` blocks that the given cells, SPLIT times as wide, are made of."""
+    plane, row, column = cells
     step = torch.arange(SPLIT)
     rows = (row[:, None, None] * SPLIT + step[:, None]).expand(-1, SPLIT, SPLIT)
     columns = (column[:, None, None] * SPLIT + step).expand(-1, SPLIT, SPLIT)
@@ -212,11 +218,10 @@ def _split(grid: Grid, plane: Tensor, row: Tensor, column: Tensor, side: int) ->
 
 
 def _settle(
-    mask: Mask, grid: Grid, plane: Tensor, row: Tensor, column: Tensor
+    mask: Mask, grid: Grid, cells: list[Tensor]
 ) -> tuple[list[Tensor], list[Tensor], int]:
     """Decide single blocks by looking: (cells that are PARTIAL, cells that are FULL, how many were
     evaluated element by element)."""
-    cells = [plane, row, column]
     some, all_of = _look(mask, grid, cells, witnesses=True)
     unsettled = some == all_of  # not yet one True and one False
     partial = [x[~unsettled] for x in cells]

@@ -18,7 +18,7 @@ from flexsparse.expr import Mask
 from flexsparse.heads import PerHead
 from flexsparse.inputs import mismatch
 from flexsparse.launch import Launch, ScoreMod, run, take_heads
-from flexsparse.lower import lower
+from flexsparse.lower import lower, padded
 from flexsparse.validate import problem
 
 
@@ -257,7 +257,7 @@ def _at_positions(score_mod: ScoreMod, q_offset: int) -> ScoreMod:
 
 def _at_heads(score_mod: ScoreMod, heads: Sequence[int], device: torch.device) -> ScoreMod:
     """A score_mod of query heads as one of the heads of a launch."""
-    table = torch.tensor(heads, device=device)
+    table = padded(torch.tensor(heads, device=device))
 
     def at_heads(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return score_mod(score, b, table[h], q_idx, kv_idx)

@@ -16,7 +16,7 @@ class Pyramid:
     of the analysis, wider (never narrower) for others.
 
     Args:
-        table: integers or booleans, 0 to 4 dimensions.
+        table: integers, booleans or floats, 0 to 4 dimensions.
         ranged: for each dimension, whether it is read over ranges (else at one entry at a time,
             as a table of parameters per head is).
     """
@@ -43,7 +43,8 @@ class Pyramid:
         Indices outside the table are moved to its edge: whether that can happen is checked apart.
         """
         if not self.shape:
-            return self.levels[0]
+            value = _wide(self.levels[0][0])
+            return value, value
         sizes = [n - 1 for n in self.shape]
         first = [torch.as_tensor(x).clamp(0, n) for x, n in zip(first, sizes, strict=True)]
         last = [torch.as_tensor(x).clamp(0, n) for x, n in zip(last, sizes, strict=True)]
@@ -77,4 +78,4 @@ def _halve(x: Tensor, dim: int, extremum: Any) -> Tensor:
 
 
 def _wide(x: Any) -> Any:
-    return x if x.dtype == torch.bool else x.long()
+    return x if x.dtype == torch.bool or x.is_floating_point() else x.long()

@@ -19,7 +19,7 @@ from flexsparse.expr import (
     evaluate,
     postorder,
 )
-from flexsparse.interval import INTERVAL_READING, Interval, Truth
+from flexsparse.interval import INTERVAL_READING, Interval, table_bounds
 
 INT32_MAX = 2**31 - 1
 
@@ -53,7 +53,7 @@ def problem(mask: Mask, grid: Grid, device: torch.device) -> str | None:
 def needs_int64(mask: Mask, grid: Grid) -> bool:
     """Whether index arithmetic may leave int32 at these lengths."""
     return any(
-        isinstance(node, Index) and max(-bounds.lo, bounds.hi) > INT32_MAX
+        isinstance(node, Index) and (bounds is None or max(-bounds.lo, bounds.hi) > INT32_MAX)
         for node, bounds in whole_bounds(mask, grid)
     )
 
@@ -71,8 +71,7 @@ def whole_bounds(mask: Mask, grid: Grid) -> Iterator[tuple[Expr, Any]]:
         if node.op in VARIABLES:
             result: Any = variables[node.op]
         elif isinstance(node.payload, Table):
-            low, high = (int(x) for x in node.payload.tensor.aminmax())
-            result = Truth(bool(low), bool(high)) if isinstance(node, Mask) else Interval(low, high)
+            result = table_bounds(node.payload)
         else:
             constant = () if node.payload is None else (node.payload,)
             result = INTERVAL_READING[node.op](*constant, *[bounds[id(arg)] for arg in node.args])
@@ -88,7 +87,8 @@ def _suspicions(mask: Mask, grid: Grid) -> Iterator[tuple[Mask, str]]:
     bounds: dict[int, Any] = {}
     for node, bound in whole_bounds(mask, grid):
         bounds[id(node)] = bound
-        if isinstance(node, Index) and max(-bound.lo, bound.hi) >= INT_LIMIT:
+        unknown = bound is None  # what an operator without a rule gives; whatever it is, is exact
+        if isinstance(node, Index) and not unknown and max(-bound.lo, bound.hi) >= INT_LIMIT:
             yield (
                 Mask("const", payload=True),
                 f"{node} may leave int64 at these lengths (its bounds are {bound.lo} and "
@@ -97,19 +97,22 @@ def _suspicions(mask: Mask, grid: Grid) -> Iterator[tuple[Mask, str]]:
         if node.op in ("//", "%"):
             divisor = node.args[1]
             assert isinstance(divisor, Index)
-            if bounds[id(divisor)].lo <= 0 <= bounds[id(divisor)].hi:
+            about = bounds[id(divisor)]
+            if about is None or about.lo <= 0 <= about.hi:
                 yield divisor.equals(0), f"The divisor of {node} is 0"
         if isinstance(node.payload, Table):
             for dim, index in enumerate(node.args):
                 size = node.payload.tensor.shape[dim]
                 assert isinstance(index, Index)
-                lo, hi = bounds[id(index)]
-                if lo < 0 or hi >= size:
-                    negative = " (negative positions come from q_offset < 0)" if lo < 0 else ""
+                about = bounds[id(index)]
+                if about is None or about.lo < 0 or about.hi >= size:
+                    reach = "may be anything" if about is None else "reaches from {} to {}".format(*about)
+                    below = about is not None and about.lo < 0
+                    negative = " (negative positions come from q_offset < 0)" if below else ""
                     yield (
                         (index < 0) | (index >= size),
                         f"The table {node.payload!r} is read out of range: dimension {dim} has "
-                        f"{size} entries, and the index {index} reaches from {lo} to {hi}{negative}. "
+                        f"{size} entries, and the index {index} {reach}{negative}. "
                         "Make the table longer, or bound the index with minimum and maximum. It "
                         "is out of range",
                     )

@@ -8,8 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._inductor.exc import InductorError
 from torch.nn.attention import flex_attention as torch_flex
 from torch.nn.attention.flex_attention import BlockMask
+
+KEY_LENGTH = 16
 
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -51,25 +54,35 @@ def run(
         if q.device.type == "cpu":
             q, k, v = q.clone(), k.clone(), v.clone()
         return _attend(q, k, v, block_mask, score_mod, scale, return_lse)
+    arguments = (q, k, v, block_mask, score_mod, scale, return_lse)
     key = _kernel_key(q, k, v, block_mask, score_mod, return_lse)
+    if key in _fixed_lengths:
+        key = (*key, q.shape, k.shape, scale)
     kernel = _kernels.get(key)
-    if kernel is None:
-        kernel = _kernels[key] = _compile(q.device)
+    try:
+        if kernel is not None:
+            return kernel(*arguments)  # type: ignore[no-any-return]
+        # on CPU, lengths are data from the first call on; measured as fast as fixed lengths
+        fixed = len(key) > KEY_LENGTH
+        dynamic = False if fixed else True if q.device.type == "cpu" else None
+        kernel = _kernels[key] = _compile(dynamic)
         # without this, lengths that happen to be equal in the first call would have to stay equal
         with torch.fx.experimental._config.patch(use_duck_shape=False):
-            result: tuple[Tensor, Tensor | None] = kernel(
-                q, k, v, block_mask, score_mod, scale, return_lse
-            )
-        return result
-    try:
-        return kernel(q, k, v, block_mask, score_mod, scale, return_lse)  # type: ignore[no-any-return]
+            return kernel(*arguments)  # type: ignore[no-any-return]
     except _GaveUpError:
         # dynamo met its limit of recompilations for this function; a new function has a new limit
         del _kernels[key]
-        return run(q, k, v, block_mask, scale=scale, score_mod=score_mod, return_lse=return_lse)
+    except InductorError:
+        # some masks and score_mods do not compile in C++ with lengths as data (torch 2.13)
+        del _kernels[key]
+        if q.device.type != "cpu" or len(key) > KEY_LENGTH:
+            raise
+        _fixed_lengths.add(key)
+    return run(q, k, v, block_mask, scale=scale, score_mod=score_mod, return_lse=return_lse)
 
 
 _kernels: dict[Any, Callable[..., Any]] = {}
+_fixed_lengths: set[Any] = set()  # keys of kernels that compile for fixed lengths alone
 
 
 class _GaveUpError(RuntimeError):
@@ -108,12 +121,11 @@ def _attend_compiled(
     return _attend(q, k, v, block_mask, score_mod, scale, return_lse)
 
 
-def _compile(device: torch.device) -> Callable[..., Any]:
+def _compile(dynamic: bool | None) -> Callable[..., Any]:
     """A compiled flex_attention with a code object, and so a cache and a limit, of its own."""
     own_code = _attend_compiled.__code__.replace()
     function = types.FunctionType(own_code, _attend_compiled.__globals__, "_attend_compiled")
-    # on CPU, lengths are data from the first call on; measured as fast as fixed lengths
-    return torch.compile(function, dynamic=True if device.type == "cpu" else None, fullgraph=True)
+    return torch.compile(function, dynamic=dynamic, fullgraph=True)
 
 
 def _kernel_key(

@@ -1,0 +1,124 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from oracles import assert_same_lists, grids, masks
+from torch.nn.attention.flex_attention import create_block_mask
+
+from flexsparse import b, compile_mask, h, kv_idx, lookup, per_head, q_idx
+from flexsparse.blocks import block_mask, write_kept_blocks
+from flexsparse.classify import Grid, classify
+from flexsparse.lower import lower
+from flexsparse.masks import (
+    block_sparse,
+    causal,
+    chunked,
+    dilated,
+    full,
+    global_tokens,
+    prefix,
+    same_document,
+    sink,
+    strided,
+    window,
+)
+from flexsparse.validate import needs_int64, problem
+
+CPU = torch.device("cpu")
+IDS = torch.arange(4096) // 300
+PATTERNS = [
+    full,
+    causal,
+    causal & window(1),
+    causal & window(200),
+    causal & (sink(64) | window(256)),
+    ~causal,
+    prefix(130),
+    causal & dilated(20, 3),
+    causal & strided(128),
+    chunked(100),
+    global_tokens(5) | (abs(q_idx - kv_idx) < 64),
+    same_document(IDS) & causal,
+    block_sparse(torch.rand(40, 40, generator=torch.Generator().manual_seed(1)) < 0.3) & causal,
+]
+SHAPES = [(1, 1), (127, 127), (128, 128), (129, 129), (1000, 1000), (2048, 2048), (300, 1000), (1000, 300), (1, 2048)]
+BLOCK_SIZES = [64, 128, (256, 128)]
+
+
+@pytest.mark.parametrize("block_size", BLOCK_SIZES, ids=str)
+@pytest.mark.parametrize("mask", PATTERNS, ids=lambda m: m.name[:40])
+def test_equal_to_torch(mask, block_size):
+    for q_len, kv_len in SHAPES:
+        ours = compile_mask(mask, q_len, kv_len, q_offset=0, block_size=block_size).block_mask
+        theirs = create_block_mask(mask, None, None, q_len, kv_len, "cpu", BLOCK_SIZE=block_size)
+        assert_same_lists(ours, theirs)
+
+
+@pytest.mark.parametrize("mask", PATTERNS, ids=lambda m: m.name[:40])
+def test_the_mask_mod_is_exact_by_itself(mask):
+    """Context parallelism, vLLM and torchtitan rebuild the lists from mask_mod."""
+    for q_len, kv_len in [(1000, 1000), (129, 700)]:
+        ours = compile_mask(mask, q_len, kv_len).block_mask
+        assert_same_lists(ours, create_block_mask(ours.mask_mod, None, None, q_len, kv_len, "cpu"))
+
+
+@settings(max_examples=100)
+@given(masks, grids)
+def test_any_mask_is_equal_to_torch(mask, grid):
+    grid = grid._replace(heads=tuple(range(len(grid.heads))))
+    if problem(mask, grid, CPU) is not None:
+        return
+    mask_mod = lower(mask, CPU, grid.q_offset, wide=needs_int64(mask, grid))
+    ours = block_mask(grid, write_kept_blocks(classify(mask, grid), CPU), mask_mod)
+    theirs = create_block_mask(
+        mask_mod, grid.batch, len(grid.heads), grid.q_len, grid.kv_len, "cpu", grid.block_size
+    )
+    assert_same_lists(ours, theirs)
+
+
+def test_heads_and_batch_rows_of_their_own():
+    windows = torch.tensor([1, 50, 400])
+    lengths = torch.tensor([700, 130])
+    mask = causal & (q_idx - kv_idx < lookup(windows, h)) & (kv_idx < lookup(lengths, b))
+    ours = compile_mask(mask, 700, 700, batch=2, n_heads=3).block_mask
+    assert ours.shape == (2, 3, 700, 700)
+    assert_same_lists(ours, create_block_mask(mask, 2, 3, 700, 700, "cpu"))
+
+
+def test_per_head_masks_become_one_block_mask():
+    heads = [causal, causal & window(100), full, causal]
+    ours = compile_mask(per_head(heads), 700, 700).block_mask
+
+    def mask_mod(b, h, q_idx, kv_idx):
+        kept = [m(b, h, q_idx, kv_idx) for m in heads]
+        return (
+            ((h == 0) & kept[0]) | ((h == 1) & kept[1]) | ((h == 2) & kept[2]) | ((h == 3) & kept[3])
+        )
+
+    assert_same_lists(ours, create_block_mask(mask_mod, None, 4, 700, 700, "cpu"))
+
+
+def test_batch_rows_and_heads_are_put_together():
+    rows = kv_idx < lookup(torch.tensor([700, 130]), b)
+    compiled = compile_mask(per_head([causal, causal & rows]), 700, 700, batch=2)
+    ours = compiled.block_mask
+    theirs = create_block_mask(compiled.masks.mask(CPU), 2, 2, 700, 700, "cpu")
+    assert_same_lists(ours, theirs)
+
+
+def test_lists_are_as_wide_as_the_longest_row():
+    grid = Grid(1 << 17, 1 << 17, 0, (128, 128), 1, (0,))
+    kept = write_kept_blocks(classify(causal & window(512), grid), CPU)
+    assert kept.kv.indices.shape[-1] == 2
+    assert kept.full_kv.indices.shape[-1] == 3
+    # 1,024 columns wide to torch, and no wider in memory than its rows are long
+    wide = kept.full_kv.widened(grid.columns)
+    assert wide.shape[-1] == 1024
+    assert wide.untyped_storage().nbytes() < 4 * (1024 * 3 + 1024)
+
+
+def test_torch_methods_work_on_a_compact_mask():
+    mask = compile_mask(causal & window(200), 1000, 1000).block_mask
+    theirs = create_block_mask(causal & window(200), None, None, 1000, 1000, "cpu")
+    assert torch.equal(mask.to_dense(), theirs.to_dense())
+    assert str(mask) == str(theirs)
+    assert mask.sparsity() == theirs.sparsity()

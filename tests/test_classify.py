@@ -1,0 +1,98 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from oracles import dense, dense_classes, grids, indices, masks, painted
+
+from flexsparse import kv_idx, lookup, q_idx
+from flexsparse.classify import Grid, classify
+from flexsparse.expr import TENSOR_READING, VARIABLES, Mask, evaluate
+from flexsparse.masks import causal, full, sink, window
+from flexsparse.validate import find, problem
+
+CPU = torch.device("cpu")
+
+
+@settings(max_examples=200)
+@given(masks, grids)
+def test_empty_and_full_are_proofs(mask, grid):
+    if problem(mask, grid, CPU) is not None:
+        return  # beyond int64; refused when compiling
+    expected = dense_classes(dense(mask, grid), grid.block_size)
+    assert torch.equal(painted(classify(mask, grid)), expected)
+
+
+@settings(max_examples=150)
+@given(indices, grids)
+def test_an_interval_holds_every_value(index, grid):
+    from flexsparse.validate import whole_bounds
+
+    (lo, hi) = [bounds for _, bounds in whole_bounds(index, grid)][-1]
+    if max(abs(lo), abs(hi)) > 2**61:
+        return
+    places = dense_index(index, grid)
+    assert lo <= int(places.min())
+    assert int(places.max()) <= hi
+
+
+def dense_index(index, grid):
+    where = (
+        torch.arange(grid.batch).view(-1, 1, 1, 1),
+        torch.tensor(grid.heads).view(1, -1, 1, 1),
+        torch.arange(grid.q_len).view(1, 1, -1, 1) + grid.q_offset,
+        torch.arange(grid.kv_len),
+    )
+    return torch.as_tensor(evaluate(index, dict(zip(VARIABLES, where, strict=True)), TENSOR_READING))
+
+
+@settings(max_examples=100)
+@given(masks, grids)
+def test_find_finds_a_place_exactly_when_there_is_one(mask, grid):
+    if problem(mask, grid, CPU) is not None:
+        return
+    place = find(mask, grid)
+    assert (place is not None) == bool(dense(mask, grid).any())
+    if place is not None:
+        assert bool(mask(*map(torch.tensor, place)))
+
+
+@pytest.mark.parametrize("n", [1 << 16, 1 << 20])
+def test_the_cost_follows_the_boundary(n):
+    classes = classify(causal & (sink(64) | window(256)), Grid(n, n, 0, (128, 128), 1, (0,)))
+    rows = n // 128
+    # three blocks of the band (the first and last of a row cut) and the sink's block
+    assert classes.full.blocks == rows - 1
+    assert classes.partial.blocks == (rows - 2) + rows + (rows - 3)
+    assert classes.evaluated == 0
+
+
+def test_full_cells_stay_whole():
+    n = 1 << 20
+    classes = classify(full, Grid(n, n, 0, (128, 128), 1, (0,)))
+    assert len(classes.full.plane) == 1
+    assert classes.full.blocks == (n // 128) ** 2
+
+
+def test_a_ragged_last_block_is_at_most_partial():
+    classes = classify(full, Grid(200, 300, 100, (128, 128), 1, (0,)))
+    assert painted(classes)[0, 0].tolist() == [[2, 2, 1], [1, 1, 1]]
+
+
+def test_blocks_without_witnesses_are_evaluated():
+    # the one true element of block (0, 0) lies where no witness looks
+    mask = q_idx.equals(37) & kv_idx.equals(85)
+    classes = classify(mask, Grid(256, 256, 0, (128, 128), 1, (0,)))
+    assert painted(classes)[0, 0].tolist() == [[1, 0], [0, 0]]
+
+
+def test_a_table_that_cancels_itself_is_settled_by_looking():
+    table = torch.arange(512)
+    same = lookup(table, kv_idx).equals(kv_idx)
+    classes = classify(same & causal, Grid(512, 512, 0, (128, 128), 1, (0,)))
+    assert torch.equal(painted(classes), painted(classify(causal, classes.grid)))
+    assert classes.evaluated > 0
+
+
+def test_constant_masks():
+    grid = Grid(256, 256, 0, (128, 128), 1, (0,))
+    assert classify(Mask("const", payload=True), grid).full.blocks == 4
+    assert classify(Mask("const", payload=False), grid).blocks == 0

@@ -1,0 +1,332 @@
+import pickle
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+import flexsparse as fs
+from flexsparse import MaskError, ExecutorError, b, compile_mask, h, kv_idx, lookup, per_head, q_idx
+from flexsparse.executors import flex, reference
+from flexsparse.masks import causal, full, packed, padding, sink, window
+
+STREAMING = causal & (sink(4) | window(100))
+
+
+def inputs(q_len, kv_len, n_heads=4, n_kv_heads=4, batch=1, dim=32, v_dim=32, dtype=torch.float32):
+    q = torch.randn(batch, n_heads, q_len, dim, dtype=dtype)
+    k = torch.randn(batch, n_kv_heads, kv_len, dim, dtype=dtype)
+    return q, k, torch.randn(batch, n_kv_heads, kv_len, v_dim, dtype=dtype)
+
+
+def dense_sdpa(mask, q, k, v, q_offset=None, **options):
+    """torch's dense attention with the mask spelled out; empty rows set to 0."""
+    offset = k.shape[2] - q.shape[2] if q_offset is None else q_offset
+    kept = mask(
+        torch.arange(q.shape[0]).view(-1, 1, 1, 1),
+        torch.arange(q.shape[1]).view(-1, 1, 1),
+        torch.arange(q.shape[2])[:, None] + offset,
+        torch.arange(k.shape[2]),
+    ).expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    out = scaled_dot_product_attention(q, k, v, attn_mask=kept, enable_gqa=True, **options)
+    return out.masked_fill(~kept.any(-1, keepdim=True), 0)
+
+
+def assert_as_good_as_dense(out, mask, q, k, v, **options):
+    """No more than twice the error of dense attention in the same dtype, against float64."""
+    exact = dense_sdpa(mask, *(x.double() for x in (q, k, v)), **options)
+    theirs = (dense_sdpa(mask, q, k, v, **options).double() - exact).abs().max()
+    ours = (out.double() - exact).abs().max()
+    # a floor of a few roundings, for cases in which dense attention is exact by luck
+    floor = 8 * torch.finfo(q.dtype).eps * exact.abs().max()
+    assert ours <= 2 * theirs + floor, (ours, theirs)
+
+
+SHAPES = [(127, 127), (128, 128), (129, 129), (1000, 1000), (200, 1000), (1000, 200)]
+
+
+@pytest.mark.parametrize("executor", ["flex", "reference"])
+@pytest.mark.parametrize("group_size", [1, 4])
+def test_executors_agree_with_dense_attention(executor, group_size):
+    for q_len, kv_len in SHAPES:
+        q, k, v = inputs(q_len, kv_len, n_kv_heads=4 // group_size, batch=2)
+        out = compile_mask(STREAMING, q_len, kv_len)(q, k, v, executor=executor)
+        assert_as_good_as_dense(out, STREAMING, q, k, v)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("q_len", "kv_len"), [(1, 1), (1, 700), (300, 1)])
+def test_lengths_of_one(q_len, kv_len):
+    q, k, v = inputs(q_len, kv_len)
+    out = compile_mask(STREAMING, q_len, kv_len)(q, k, v, executor="flex")
+    assert_as_good_as_dense(out, STREAMING, q, k, v)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_low_precision(dtype):
+    q, k, v = inputs(300, 300, dtype=dtype)
+    out = compile_mask(STREAMING, 300, 300)(q, k, v, executor="flex")
+    assert out.dtype == dtype
+    assert_as_good_as_dense(out, STREAMING, q, k, v)
+
+
+def test_the_reference_lse_is_that_of_the_kept_scores():
+    q, k, v = inputs(50, 70)
+    out, lse = compile_mask(STREAMING, 50, 70)(q, k, v, return_lse=True, executor="reference")
+    scores = q @ k.mT / q.shape[-1] ** 0.5
+    kept = STREAMING(None, None, torch.arange(20, 70)[:, None], torch.arange(70))
+    assert lse.dtype == torch.float32
+    torch.testing.assert_close(lse, scores.masked_fill(~kept, -torch.inf).logsumexp(-1))
+
+
+@pytest.mark.parametrize("executor", ["flex", "reference"])
+def test_a_row_without_keys_gives_zero(executor):
+    q, k, v = inputs(200, 100)  # bottom-right: the first 100 queries stand before every key
+    out = compile_mask(causal, 200, 100)(q, k, v, executor=executor)
+    assert (out[:, :, :100] == 0).all()
+    assert (out[:, :, 100:] != 0).all()
+
+
+def test_the_lse_of_a_row_without_keys_is_minus_infinity():
+    q, k, v = inputs(200, 100)
+    _, lse = compile_mask(causal, 200, 100)(q, k, v, return_lse=True)
+    assert (lse[:, :, :100] == -torch.inf).all()
+    assert lse[:, :, 100:].isfinite().all()
+
+
+@pytest.mark.parametrize("n_kv_heads", [8, 4, 2, 1])
+def test_each_head_has_its_own_mask(n_kv_heads):
+    heads = [causal, STREAMING, STREAMING, causal, STREAMING, full, causal & window(30), STREAMING]
+    q, k, v = inputs(300, 300, n_heads=8, n_kv_heads=n_kv_heads)
+    out, lse = compile_mask(per_head(heads), 300, 300)(q, k, v, return_lse=True)
+    for head, mask in enumerate(heads):
+        kv = slice(head * n_kv_heads // 8, head * n_kv_heads // 8 + 1)
+        one = compile_mask(mask, 300, 300)
+        expected = one(q[:, [head]], k[:, kv], v[:, kv], return_lse=True, executor="reference")
+        torch.testing.assert_close(out[:, [head]], expected[0])
+        torch.testing.assert_close(lse[:, [head]], expected[1])
+
+
+def test_heads_in_flex_launches_come_back_in_order():
+    heads = [causal, STREAMING, causal, STREAMING]
+    q, k, v = inputs(300, 300, n_kv_heads=2)
+    attend = compile_mask(per_head(heads), 300, 300)
+    torch.testing.assert_close(
+        attend(q, k, v, executor="flex"), attend(q, k, v, executor="reference")
+    )
+
+
+def test_masks_that_read_the_head_and_the_batch_row():
+    mask = causal & (q_idx - kv_idx < lookup(torch.tensor([5, 50, 500, 1]), h))
+    mask = mask & padding(torch.tensor([300, 40]))
+    q, k, v = inputs(300, 300, n_kv_heads=2, batch=2)
+    attend = compile_mask(mask, 300, 300, batch=2, n_heads=4)
+    assert_as_good_as_dense(attend(q, k, v, executor="flex"), mask, q, k, v)
+
+
+def test_a_head_table_keeps_its_heads_when_grouped():
+    by_head = causal & (q_idx - kv_idx < lookup(torch.tensor([5, 50, 500, 1]), h))
+    q, k, v = inputs(300, 300, n_kv_heads=2)
+    attend = compile_mask(per_head([causal, by_head, causal, by_head]), 300, 300)
+    out = attend(q, k, v, executor="flex")
+    for head, size in ((1, 50), (3, 1)):
+        one = dense_sdpa(causal & window(size), q[:, [head]], k[:, [head // 2]], v[:, [head // 2]])
+        torch.testing.assert_close(out[:, [head]], one)
+
+
+def test_packed_sequences_of_different_lengths():
+    cu_q, cu_kv = torch.tensor([0, 50, 51, 180]), torch.tensor([0, 40, 140, 300])
+    q, k, v = inputs(180, 300)
+    out = compile_mask(packed(cu_q, cu_kv), 180, 300, q_offset=0)(q, k, v, executor="flex")
+    for i in range(3):
+        q_part, kv_part = slice(cu_q[i], cu_q[i + 1]), slice(cu_kv[i], cu_kv[i + 1])
+        one = dense_sdpa(causal, q[:, :, q_part], k[:, :, kv_part], v[:, :, kv_part])
+        torch.testing.assert_close(out[:, :, q_part], one)
+
+
+@pytest.mark.parametrize("executor", ["flex", "reference"])
+def test_scale_and_score_mod_see_heads_and_positions(executor):
+    slopes = torch.tensor([0.5, 0.25, 0.125, 1.0])
+
+    def alibi(score, b, h, q_idx, kv_idx):
+        return score - slopes[h] * (q_idx - kv_idx)
+
+    q, k, v = inputs(100, 300)
+    heads = [causal, STREAMING, causal, STREAMING]
+    out = compile_mask(per_head(heads), 100, 300)(
+        q, k, v, scale=0.3, score_mod=alibi, executor=executor
+    )
+    distance = torch.arange(200, 300)[:, None] - torch.arange(300)
+    for head, mask in enumerate(heads):
+        kept = mask(None, None, torch.arange(200, 300)[:, None], torch.arange(300))
+        scores = q[:, head] @ k[:, head].mT * 0.3 - slopes[head] * distance
+        expected = scores.masked_fill(~kept, -torch.inf).softmax(-1) @ v[:, head]
+        torch.testing.assert_close(out[:, head], expected)
+
+
+def test_gradients_on_cpu():
+    q, k, v = (x.requires_grad_() for x in inputs(150, 200, n_kv_heads=2))
+    out = compile_mask(STREAMING, 150, 200)(q, k, v)
+    weights = torch.randn_like(out)
+    ours = torch.autograd.grad(out, (q, k, v), weights)
+    theirs = torch.autograd.grad(dense_sdpa(STREAMING, q, k, v), (q, k, v), weights)
+    for mine, their in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, their)
+
+
+def test_the_block_mask_works_with_plain_flex_attention():
+    from torch.nn.attention.flex_attention import flex_attention
+
+    q, k, v = inputs(300, 300)
+    attend = compile_mask(per_head([causal, STREAMING, causal, STREAMING]), 300, 300)
+    out = torch.compile(flex_attention, dynamic=False)(q, k, v, block_mask=attend.block_mask)
+    torch.testing.assert_close(out, attend(q, k, v, executor="reference"))
+
+
+@pytest.mark.slow
+def test_inside_a_compiled_model():
+    attend = compile_mask(per_head([causal, causal, STREAMING, STREAMING]), 300, 300)
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv = torch.nn.Linear(128, 3 * 128)
+            self.out = torch.nn.Linear(128, 128)
+
+        def forward(self, x):
+            # views into one projection, as models have them
+            q, k, v = (t.unflatten(-1, (4, 32)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+            return self.out(attend(q, k, v).transpose(1, 2).flatten(-2))
+
+    model, x = Model(), torch.randn(2, 300, 128)
+    with torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True)(x)
+        torch.testing.assert_close(compiled, model(x))
+
+
+def test_one_kernel_for_all_numbers_and_lengths():
+    q, k, v = inputs(700, 700)
+    compile_mask(causal & (sink(2) | window(11)), 700, 700)(q, k, v)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for size, q_len, kv_len in [(13, 700, 700), (500, 640, 640), (64, 300, 700), (1, 129, 513)]:
+            mask = causal & (sink(size) | window(size))
+            q, k, v = inputs(q_len, kv_len)
+            out = compile_mask(mask, q_len, kv_len)(q, k, v, executor="flex")
+            assert_as_good_as_dense(out, mask, q, k, v)
+
+
+def test_dynamo_giving_up_is_noticed(monkeypatch):
+    """When dynamo meets its limit of recompilations it runs the body: that must never be used."""
+    q, k, v = inputs(64, 64)
+    attend = compile_mask(causal & window(7), 64, 64)
+    attend(q, k, v)
+    with pytest.raises(flex._GaveUpError):
+        flex._attend_compiled(q, k, v, attend.launches[0].block_mask, None, None, False)
+
+
+COMPILE_MISTAKES = [
+    (lambda: compile_mask([causal], 8, 8), r"compile_mask\(per_head\(masks\)"),
+    (lambda: compile_mask(window, 8, 8), "Call the pattern first"),
+    (lambda: compile_mask("causal", 8, 8), "not str"),
+    (lambda: compile_mask(causal, 0, 8), "q_len=0"),
+    (lambda: compile_mask(causal, 8, 8.0), r"kv_len=8\.0"),
+    (lambda: compile_mask(causal, 8, 8, q_offset=0.5), r"q_offset=0\.5"),
+    (lambda: compile_mask(causal, 8, 8, block_size=0), "block_size=0"),
+    (lambda: compile_mask(causal, 8, 8, block_size=(1, 2, 3)), r"block_size=\(1, 2, 3\)"),
+    (lambda: compile_mask(causal, 8, 8, device="nowhere"), "device='nowhere' cannot be used"),
+    (lambda: compile_mask(kv_idx < h, 8, 8), "reads h.*give n_heads"),
+    (lambda: compile_mask(kv_idx < b, 8, 8), "reads b.*give batch"),
+    (lambda: compile_mask(per_head([causal] * 3), 8, 8, n_heads=4), "3 masks but n_heads=4"),
+    (
+        lambda: compile_mask(lookup(torch.arange(4), kv_idx) < 3, 8, 8),
+        r"int64\[4\] is read out of range: dimension 0 has 4 entries.*from 0 to 7.*kv_idx=4",
+    ),
+    (
+        lambda: compile_mask(lookup(torch.arange(8), q_idx) < 3, 8, 4),
+        "negative positions come from q_offset < 0",
+    ),
+    (lambda: compile_mask(q_idx // (kv_idx - 3) < 1, 8, 8), "divisor of .* is 0 at .*kv_idx=3"),
+    (
+        lambda: compile_mask(q_idx * q_idx * q_idx * q_idx < 9, 1 << 20, 8),
+        "may leave int64 at these lengths",
+    ),
+]
+
+
+@pytest.mark.parametrize(("build", "message"), COMPILE_MISTAKES, ids=lambda x: str(x)[:30])
+def test_compile_mistakes_get_a_sentence(build, message):
+    with pytest.raises(MaskError, match=message):
+        build()
+
+
+def test_a_table_in_range_where_it_is_read_is_accepted():
+    # bounds alone cannot tell that (3 * kv_idx) % 8 - kv_idx % 3 + 2 stays below 10
+    index = (3 * kv_idx) % 8 - kv_idx % 3 + 2
+    assert compile_mask(lookup(torch.arange(10), index) < 3, 64, 64).launches
+
+
+CALL_MISTAKES = [
+    (lambda q, k, v: (q[0], k, v), "q is .*must be a tensor"),
+    (lambda q, k, v: (q, None, v), "k is NoneType"),
+    (lambda q, k, v: (q, k.double(), v), "k is torch.float64 and q is torch.float32"),
+    (lambda q, k, v: (q, k.to("meta"), v), "k is on meta"),
+    (lambda q, k, v: (q[:, :, :10], k, v), "q has length 10 but .* q_len=64"),
+    (lambda q, k, v: (q, k[:, :, :10], v), "k has length 10 but .* kv_len=64"),
+    (lambda q, k, v: (q, k, v[:, :, :10]), "v has length 10"),
+    (lambda q, k, v: (q, k[..., :8], v), "q has head_dim 32 and k has 8"),
+    (lambda q, k, v: (q, k[:, :3], v[:, :3]), "not a multiple of the 3 heads"),
+    (lambda q, k, v: (q, k[:, :2], v), "k has 2 heads and v has 4"),
+    (lambda q, k, v: (q[:, :2], k[:, :2], v[:, :2]), r"has 4 heads but q has 2 query heads.*\*query\*"),
+    (lambda q, k, v: (q, k.expand(3, -1, -1, -1), v), "k has 3 batch rows and q has 1"),
+    (lambda q, k, v: (q.int(), k.int(), v.int()), "takes floating-point"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), CALL_MISTAKES, ids=lambda x: str(x)[:30])
+def test_call_mistakes_get_a_sentence(change, message):
+    attend = compile_mask(per_head([causal, causal, full, full]), 64, 64)
+    with pytest.raises(MaskError, match=message):
+        attend(*change(*inputs(64, 64)))
+
+
+def test_an_executor_that_cannot_run_says_why():
+    attend = compile_mask(causal, 64, 64)
+    q, k, v = inputs(64, 64)
+    with pytest.raises(ExecutorError, match="no LSE on CPU.*would choose"):
+        attend(q, k, v, return_lse=True, executor="flex")
+    with pytest.raises(ExecutorError, match="no backward on CPU"):
+        attend(q.requires_grad_(), k, v, executor="flex")
+    with pytest.raises(ExecutorError, match="no executor 'cudnn'"):
+        attend(q, k, v, executor="cudnn")
+
+
+def test_a_table_changed_after_compiling_is_refused():
+    ids = torch.zeros(64, dtype=torch.int64)
+    attend = compile_mask(lookup(ids, q_idx).equals(lookup(ids, kv_idx)), 64, 64)
+    ids[3] = 1
+    with pytest.raises(MaskError, match="written to after it was compiled"):
+        attend(*inputs(64, 64))
+
+
+def test_the_report_says_what_was_decided():
+    text = str(compile_mask(per_head([causal] * 2 + [STREAMING] * 6), 4096, 4096))
+    assert "8 heads, 4,096 queries x 4,096 keys, blocks of 128 x 128" in text
+    assert "causal & (sink(4) | window(100))" in text
+    assert "528 blocks" in text  # 32 * 33 / 2
+    assert "every block proved" in text
+
+
+def test_masks_can_be_pickled():
+    mask = causal & (lookup(torch.arange(9), q_idx) < 3)
+    assert pickle.loads(pickle.dumps(mask)) == mask
+
+
+def test_the_reference_is_differentiable_in_float64():
+    q, k, v = (x.double().requires_grad_() for x in inputs(5, 7, n_kv_heads=2, dim=3, v_dim=2))
+    attend = compile_mask(causal & window(4), 5, 7)
+    mod = attend.launches[0].block_mask.mask_mod
+    assert torch.autograd.gradcheck(lambda *x: reference.run(*x, mod)[0], (q, k, v))
+
+
+def test_public_names_are_documented():
+    assert all(getattr(fs, name).__doc__ for name in fs.__all__)

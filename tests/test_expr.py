@@ -1,0 +1,186 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from oracles import grids, masks
+
+from flexsparse import (
+    MaskError,
+    b,
+    everything,
+    h,
+    kv_idx,
+    lookup,
+    maximum,
+    minimum,
+    nothing,
+    parse,
+    pattern,
+    per_head,
+    q_idx,
+)
+from flexsparse.lower import lower
+from flexsparse.masks import causal, sink, window
+
+TABLE = torch.arange(8)
+ROWS, COLUMNS = torch.arange(8)[:, None], torch.arange(8)
+
+# an expression and what it means, element by element
+MEANINGS = [
+    (q_idx + 1 <= kv_idx, ROWS + 1 <= COLUMNS),
+    (1 + q_idx < kv_idx, 1 + ROWS < COLUMNS),
+    (7 - q_idx > kv_idx, 7 - ROWS > COLUMNS),
+    (2 * q_idx >= kv_idx * 3, 2 * ROWS >= COLUMNS * 3),
+    ((q_idx // 2).equals(kv_idx // 3), ROWS // 2 == COLUMNS // 3),
+    ((kv_idx - 5) // 3 < -1, (COLUMNS - 5) // 3 < -1 + 0 * ROWS),
+    ((kv_idx - q_idx) % 3 <= 1, (COLUMNS - ROWS) % 3 <= 1),
+    ((kv_idx - q_idx) % -3 <= -1, (COLUMNS - ROWS) % -3 <= -1),
+    (20 // (q_idx + 1) < 20 % (kv_idx + 1), 20 // (ROWS + 1) < 20 % (COLUMNS + 1)),
+    (-q_idx <= -kv_idx, -ROWS <= -COLUMNS),
+    (abs(q_idx - kv_idx) < 2, (ROWS - COLUMNS).abs() < 2),
+    (minimum(q_idx, 4) <= maximum(kv_idx, 2), ROWS.clamp(max=4) <= COLUMNS.clamp(min=2)),
+    (lookup(TABLE * 3 % 8, q_idx) < kv_idx, TABLE[:, None] * 3 % 8 < COLUMNS),
+    (lookup(TABLE % 2 == 0, kv_idx) ^ causal, (COLUMNS % 2 == 0) ^ (COLUMNS <= ROWS)),
+    (everything & ~nothing, torch.tensor(True)),
+]
+
+EQUAL = [
+    (causal & window(3), (kv_idx <= q_idx) & (q_idx - kv_idx < 3)),
+    (causal.named("mine"), causal),
+    (lookup(torch.arange(4), h) < kv_idx, lookup(torch.arange(4), h) < kv_idx),
+    (causal.at(q_idx=q_idx + 5), kv_idx <= q_idx + 5),
+    (q_idx >= kv_idx, kv_idx <= q_idx),
+]
+DIFFERENT = [
+    (causal & window(3), causal & window(4)),
+    (causal & window(3), window(3) & causal),
+    (lookup(torch.arange(4), h) < kv_idx, lookup(torch.arange(4) + 1, h) < kv_idx),
+    (lookup(torch.arange(4), h) < kv_idx, lookup(torch.arange(4).int(), h) < kv_idx),
+    (sink(1), everything),
+]
+
+MISTAKES = [
+    (lambda: causal and causal, "use & | ~, and split"),
+    (lambda: not causal, "no single truth value"),
+    (lambda: 0 <= q_idx <= 4, "split `a <= x < b`"),
+    (lambda: bool(q_idx), "Compare it"),
+    (lambda: q_idx & kv_idx <= 4, "parentheses round comparisons"),
+    (lambda: causal | (q_idx == kv_idx), r"write a\.equals\(b\)"),
+    (lambda: (q_idx == kv_idx) & causal, r"write a\.equals\(b\)"),
+    (lambda: causal & q_idx, "one side is Index"),
+    (lambda: causal & window, "Call the pattern first"),
+    (lambda: q_idx / 2, "use // "),
+    (lambda: q_idx + 0.5, "not float"),
+    (lambda: q_idx + True, "not bool"),
+    (lambda: q_idx + TABLE, r"fs\.lookup\(table"),
+    (lambda: q_idx // 0, "Division by zero: q_idx // 0"),
+    (lambda: q_idx % 0, "Division by zero"),
+    (lambda: q_idx < 2**62, r"beyond 2\*\*61"),
+    (lambda: window(0), r"window\(size=0\) sees no key.*use size >= 1"),
+    (lambda: window(-3), "sees no key"),
+    (lambda: sink(-1), "0 or more"),
+    (lambda: lookup([1, 2], q_idx), "reads a torch.Tensor, not list"),
+    (lambda: lookup(torch.rand(4), q_idx), "the table is torch.float32"),
+    (lambda: lookup(TABLE, q_idx, kv_idx), "2 indices for a table of 1 dimensions"),
+    (lambda: lookup(TABLE[:0], q_idx), "empty table"),
+    (lambda: causal.at(row=q_idx), r"got \['row'\]"),
+    (lambda: per_head([]), "no masks"),
+    (lambda: per_head([causal, window]), "window"),
+]
+
+
+@pytest.mark.parametrize(("mask", "expected"), MEANINGS, ids=lambda x: str(x)[:40])
+def test_a_mask_is_a_mask_mod(mask, expected):
+    kept = mask(torch.tensor(0), torch.tensor(0), ROWS, COLUMNS)
+    assert kept.dtype == torch.bool
+    assert torch.equal(kept.expand(8, 8), expected.expand(8, 8))
+
+
+@pytest.mark.parametrize(("one", "other"), EQUAL, ids=str)
+def test_equal_masks(one, other):
+    assert one == other
+    assert hash(one) == hash(other)
+
+
+@pytest.mark.parametrize(("one", "other"), DIFFERENT, ids=str)
+def test_different_masks(one, other):
+    assert one != other
+
+
+@pytest.mark.parametrize(("build", "message"), MISTAKES, ids=lambda x: x if isinstance(x, str) else "")
+def test_mistakes_get_a_sentence(build, message):
+    with pytest.raises(MaskError, match=message):
+        build()
+
+
+def test_variables_and_tables():
+    mask = (kv_idx < lookup(TABLE, h)) & causal
+    assert mask.variables == {"h", "kv_idx", "q_idx"}
+    assert [repr(t) for t in mask.tables] == ["int64[8]"]
+
+
+def test_a_changed_table_is_noticed():
+    ids = torch.arange(8)
+    mask = lookup(ids, q_idx).equals(3)
+    assert not mask.tables[0].changed
+    ids[2] = 3
+    assert mask.tables[0].changed
+
+
+def test_masks_are_shown_in_the_names_they_were_composed_from():
+    mask = causal & (sink(64) | window(size=256))
+    assert mask.name == "causal & (sink(64) | window(size=256))"
+    assert str(mask) == "(kv_idx <= q_idx) & ((kv_idx < 64) | (q_idx - kv_idx < 256))"
+
+
+def test_a_pattern_of_ones_own_is_named_after_its_call():
+    @pattern
+    def every(n):
+        return (kv_idx % n).equals(0)
+
+    assert (every(4) & causal).name == "every(4) & causal"
+
+
+@settings(max_examples=150)
+@given(masks)
+def test_text_round_trips(mask):
+    if mask.tables:
+        assert "lookup" in str(mask)
+    else:
+        assert parse(str(mask)) == mask
+
+
+@settings(max_examples=100)
+@given(masks, grids)
+def test_lowering_changes_nothing(mask, grid):
+    where = [torch.arange(2).view(-1, 1, 1, 1), torch.arange(3).view(-1, 1, 1)]
+    where += [torch.arange(grid.q_len)[:, None], torch.arange(grid.kv_len)]
+    lowered = lower(mask, torch.device("cpu"), grid.q_offset, wide=True)
+    moved = [where[0], where[1], where[2] + grid.q_offset, where[3]]
+    shape = (2, 3, grid.q_len, grid.kv_len)
+    assert torch.equal(lowered(*where).expand(shape), mask(*moved).expand(shape))
+
+
+def test_masks_of_one_structure_are_lowered_to_one_code_object():
+    cpu = torch.device("cpu")
+    codes = {
+        lower(causal & (sink(s) | window(w)), cpu, offset).__code__
+        for s, w, offset in [(4, 64, 0), (64, 64, 7), (0, 1, -3), (1, 2**40, 0)]
+    }
+    assert len(codes) == 1
+    assert lower(causal & window(3), cpu).__code__ not in codes
+
+
+def test_long_chains_do_not_recurse():
+    mask = causal
+    for i in range(5000):
+        mask = mask | (kv_idx.equals(i) & b.equals(0))
+    assert hash(mask) == hash(mask.named("long"))
+    assert mask(0, 0, torch.tensor(3), torch.tensor(9)).item()
+
+
+def test_per_head_finds_equal_masks():
+    heads = per_head([causal, window(3), causal, (kv_idx <= q_idx)])
+    assert heads.distinct == (causal, window(3))
+    assert heads.which == (0, 1, 0, 0)
+    assert heads[1] == window(3)
+    assert "heads 0, 2-3" in str(heads)

@@ -1,0 +1,94 @@
+"""What may import what, and what is public."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import flexsparse
+from flexsparse import masks
+
+ROOT = Path(__file__).parent.parent
+CODE = sorted((ROOT / "flexsparse").rglob("*.py"))
+# each module may import those of earlier rows, and of its own row where it says so
+ORDER = [
+    {"errors"},
+    {"tensors", "bits", "scalars"},
+    {"expr"},
+    {"text", "heads", "pyramid", "trace"},
+    {"interval"},
+    {"classify"},
+    {"validate", "blocks"},
+    {"lower"},
+    {"executors", "dropout"},
+    {"launch"},
+    {"report", "inputs", "progress"},
+    {"compiler"},
+    {"terminal"},
+    {"drop_in"},
+    {"__init__", "commands"},
+]
+
+
+def imports(path: Path) -> set[str]:
+    """Modules of flexsparse that a file imports when it is itself imported."""
+    found = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "flexsparse":
+            parts = (node.module or "").split(".")
+            found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+    return found
+
+
+def rank(module: str) -> int:
+    return next(i for i, row in enumerate(ORDER) if module in row)
+
+
+@pytest.mark.parametrize("path", CODE, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_one_way(path):
+    module = path.relative_to(ROOT / "flexsparse").parts[0].removesuffix(".py")
+    if module in ("commands", "__init__"):
+        return
+    for imported in imports(path):
+        assert imported == module or rank(imported) <= rank(module), f"{module} imports {imported}"
+
+
+def test_the_compiler_knows_no_pattern_by_name():
+    for path in CODE:
+        module = path.relative_to(ROOT / "flexsparse").parts[0]
+        assert module == "commands" or "masks" not in imports(path), path
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "masks").glob("*.py")), ids=lambda p: p.name)
+def test_patterns_are_written_in_public_names(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("flexsparse"):
+            if node.module == "flexsparse":
+                assert {alias.name for alias in node.names} <= set(flexsparse.__all__)
+            else:
+                assert node.module.startswith("flexsparse.masks")
+
+
+@pytest.mark.parametrize("module", [flexsparse, masks])
+def test_public_names_exist(module):
+    assert sorted(module.__all__) == module.__all__
+    assert all(hasattr(module, name) for name in module.__all__)
+
+
+def test_importing_needs_torch_alone():
+    code = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0] in {'numpy', 'matplotlib', 'transformers', 'attn_gym', 'tqdm'}:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Refuse())
+import flexsparse, flexsparse.masks as m
+print(flexsparse.compile_mask(m.causal & m.window(4), 300, 300))
+assert 'triton' not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "CompiledMask" in done.stdout

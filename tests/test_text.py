@@ -1,0 +1,54 @@
+import pytest
+
+from flexsparse import MaskError, kv_idx, masks, parse, q_idx
+from flexsparse.masks import causal, sink, window
+
+NAMES = vars(masks)
+READS = [
+    ("causal & (sink(64) | window(256))", causal & (sink(64) | window(256))),
+    ("  causal&~window( size = 4 )", causal & ~window(4)),
+    ("kv_idx <= q_idx", kv_idx <= q_idx),
+    ("q_idx - kv_idx - 1 < q_idx % 4", q_idx - kv_idx - 1 < q_idx % 4),
+    ("(q_idx // 64).equals(kv_idx // 64)", (q_idx // 64).equals(kv_idx // 64)),
+    ("q_idx == kv_idx", q_idx.equals(kv_idx)),
+    ("(kv_idx >= 3) ^ (abs(q_idx) > -2)", (kv_idx >= 3) ^ (abs(q_idx) > -2)),
+]
+MISTAKES = [
+    ("causal & windw(3)", 10, "unknown name 'windw'; did you mean 'window'"),
+    ("causal & ", 9, "found 'the end of the text'"),
+    ("causal causal", 8, "expected an operator and found 'causal'"),
+    ("causal & $", 10, r"'\$' is not part of the mask language"),
+    ("0 <= q_idx <= 4", 12, "comparisons do not chain"),
+    ("kv_idx <= q_idx & causal", 17, "parentheses round comparisons"),
+    ("window", 7, "window needs its arguments"),
+    ("window()", 1, "missing 1 required positional argument"),
+    ("window(0)", 1, "sees no key"),
+    ("q_idx + 3", 1, "an index expression, not a mask"),
+    ("causal.__class__", 8, "only .equals"),
+    ("__import__('os')", 1, "unknown name '__import__'"),
+    ("(" * 200 + "causal" + ")" * 200, 101, "100 levels"),
+    ("q_idx.equals()", 7, "takes one index"),
+    ("", 1, "the end of the text"),
+]
+
+
+@pytest.mark.parametrize(("text", "mask"), READS, ids=lambda x: str(x)[:30])
+def test_text_is_read(text, mask):
+    assert parse(text, NAMES) == mask
+
+
+@pytest.mark.parametrize(("text", "column", "message"), MISTAKES, ids=lambda x: str(x)[:30])
+def test_mistakes_are_pointed_at(text, column, message):
+    with pytest.raises(MaskError, match=f"column {column}: .*{message}") as error:
+        parse(text, NAMES)
+    assert str(error.value).splitlines()[-1] == " " * (column + 1) + "^"
+
+
+def test_only_text_is_parsed():
+    with pytest.raises(MaskError, match="not int"):
+        parse(3)
+
+
+def test_nothing_is_called_that_was_not_handed_in():
+    with pytest.raises(MaskError, match="unknown name 'causal'"):
+        parse("causal")
