@@ -220,25 +220,29 @@ def _split(grid: Grid, cells: list[Tensor], side: int) -> list[Tensor]:
 def _settle(
     mask: Mask, grid: Grid, cells: list[Tensor]
 ) -> tuple[list[Tensor], list[Tensor], int]:
-    """Decide single blocks by looking: (cells that are PARTIAL, cells that are FULL, how many were
-    evaluated element by element)."""
-    some, all_of = _look(mask, grid, cells, witnesses=True)
-    unsettled = some == all_of  # not yet one True and one False
-    partial = [x[~unsettled] for x in cells]
-    rest = [x[unsettled] for x in cells]
-    some, all_of = _look(mask, grid, rest, witnesses=False)
-    partial = [torch.cat([x, y[some & ~all_of]]) for x, y in zip(partial, rest, strict=True)]
-    return partial, [x[all_of] for x in rest], len(rest[0])
+    """Decide single blocks by looking, at few places first: (those that are PARTIAL, those that are
+    FULL, how many were evaluated element by element)."""
+    q_all, kv_all = (torch.arange(n) for n in grid.block_size)
+    q_few, kv_few = (torch.tensor(sorted({0, 1 % n, n // 2, n - 1})) for n in grid.block_size)
+    # then the border, which every line, stripe or diagonal through the block crosses
+    looks = [(q_few, kv_few), (q_all[:: max(1, len(q_all) - 1)], kv_all)]
+    looks += [(q_all, kv_all[:: max(1, len(kv_all) - 1)]), (q_all, kv_all)]
+    partial: list[list[Tensor]] = []
+    looked_at, always = 0, torch.zeros(0, dtype=torch.bool)
+    for q_steps, kv_steps in looks:
+        some, always = _look(mask, grid, cells, q_steps, kv_steps)
+        partial.append([x[some & ~always] for x in cells])
+        looked_at = len(cells[0])
+        unsettled = some == always  # not yet one True and one False
+        cells, always = [x[unsettled] for x in cells], always[unsettled]
+    proved = [torch.cat(parts) for parts in zip(*partial, strict=True)]
+    return proved, [x[always] for x in cells], looked_at
 
 
 def _look(
-    mask: Mask, grid: Grid, cells: list[Tensor], witnesses: bool
+    mask: Mask, grid: Grid, cells: list[Tensor], q_steps: Tensor, kv_steps: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Evaluate blocks exactly, at a few places or everywhere: (any is true, all are true)."""
-    q_steps, kv_steps = (
-        torch.tensor(sorted({0, 1 % n, n // 2, n - 1})) if witnesses else torch.arange(n)
-        for n in grid.block_size
-    )
+    """Evaluate blocks exactly at q_steps x kv_steps of each: (any is true, all are true)."""
     device = next((t.tensor.device for t in mask.tables), torch.device("cpu"))
     at_once = max(1, ELEMENTS_AT_ONCE // (len(q_steps) * len(kv_steps)))
     found_some, found_all = [torch.empty(0, dtype=torch.bool)], [torch.empty(0, dtype=torch.bool)]

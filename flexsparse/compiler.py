@@ -137,7 +137,7 @@ class CompiledMask:
             score_mod: FlexAttention's, of (score, b, h, q_idx, kv_idx); q_idx is the position of the
                 query, q_offset included, and h the query head.
             return_lse: also return the log of the sum of exponentials of each row's scores.
-            executor: insist on "flex" or "reference"; by default flexsparse chooses.
+            executor: insist on "flex", "blockwise" or "reference"; by default flexsparse chooses.
 
         Returns:
             out [B, n_heads, q_len, Dv], or (out, lse) with lse float32 [B, n_heads, q_len].

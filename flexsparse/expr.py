@@ -16,44 +16,14 @@ import torch
 from torch import Tensor
 
 from flexsparse.errors import MaskError
+from flexsparse.tensors import TENSOR_READING as TENSOR_READING
+from flexsparse.tensors import Opaque
+from flexsparse.tensors import Table as Table
 
 VARIABLES = ("b", "h", "q_idx", "kv_idx")
 INT_LIMIT = 2**61  # constants beyond this could overflow int64 in the analysis
 
 Value = TypeVar("Value")
-
-
-class Table:
-    """A tensor read by `lookup`: compared by content, and watched for in-place changes."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-        self._version = self._current_version()
-
-    def _current_version(self) -> int | None:
-        # inference tensors do not count their versions
-        return None if self.tensor.is_inference() else self.tensor._version
-
-    @property
-    def changed(self) -> bool:
-        """Whether the tensor was written to after the expression was made."""
-        return self._current_version() != self._version
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Table):
-            return NotImplemented
-        a, b = self.tensor, other.tensor
-        if a is b:
-            return True
-        alike = a.dtype == b.dtype and a.shape == b.shape and a.device == b.device
-        return alike and torch.equal(a, b)
-
-    def __hash__(self) -> int:
-        return hash((self.tensor.dtype, self.tensor.shape))
-
-    def __repr__(self) -> str:
-        dtype = str(self.tensor.dtype).removeprefix("torch.")
-        return f"{dtype}[{', '.join(map(str, self.tensor.shape))}]"
 
 
 class Step(NamedTuple):
@@ -97,7 +67,15 @@ class Expr:
     @property
     def tables(self) -> tuple[Table, ...]:
         """The tensors the expression reads."""
-        return tuple(step.payload for step in self.steps if isinstance(step.payload, Table))
+        payloads = [step.payload for step in self.steps]
+        read = [[x] if isinstance(x, Table) else x.tables for x in payloads if _reads(x)]
+        return tuple(table for tables in read for table in tables)
+
+    @property
+    def opaque_operators(self) -> tuple[str, ...]:
+        """The operators that the analysis has no rule for: exact all the same, only slower."""
+        payloads = [step.payload for step in self.steps]
+        return tuple(dict.fromkeys(x.name for x in payloads if isinstance(x, Opaque)))
 
     def __eq__(self, other: object) -> bool:
         if self is other:
@@ -116,6 +94,10 @@ class Expr:
 
     def __repr__(self) -> str:
         return str(self)
+
+
+def _reads(payload: Any) -> bool:
+    return isinstance(payload, (Table, Opaque))
 
 
 def postorder(root: Expr) -> Iterator[Expr]:
@@ -218,6 +200,10 @@ class Index(Expr):
         )
 
     __and__ = __rand__ = __or__ = __ror__ = __xor__ = __rxor__ = _no_logic
+
+
+class Real(Expr):
+    """A floating-point number per (b, h, q_idx, kv_idx); it arises in traced mask_mods alone."""
 
 
 class Mask(Expr):
@@ -346,6 +332,29 @@ def maximum(a: Index | int, b: Index | int) -> Index:
     return Index("maximum", (as_index(a), as_index(b)))
 
 
+def where(condition: Mask, yes: Any, no: Any) -> Any:
+    """`yes` where a mask is true, and `no` elsewhere: two index expressions, or two masks."""
+    if isinstance(yes, Mask) or isinstance(no, Mask):
+        sides: tuple[Expr, Expr] = (_as_mask(yes, "where"), _as_mask(no, "where"))
+        return Mask("where", (_as_mask(condition, "where"), *sides))
+    return Index("where", (_as_mask(condition, "where"), as_index(yes), as_index(no)))
+
+
+def bit_and(a: Index | int, b: Index | int) -> Index:
+    """The bits that both index expressions have (`&` combines masks)."""
+    return Index("bit_and", (as_index(a), as_index(b)))
+
+
+def bit_or(a: Index | int, b: Index | int) -> Index:
+    """The bits that either index expression has (`|` combines masks)."""
+    return Index("bit_or", (as_index(a), as_index(b)))
+
+
+def bit_xor(a: Index | int, b: Index | int) -> Index:
+    """The bits in which two index expressions differ (`^` combines masks)."""
+    return Index("bit_xor", (as_index(a), as_index(b)))
+
+
 def lookup(table: Tensor, *indices: Index | int) -> Any:
     """The entry of a tensor at index expressions: an Index for integers, a Mask for booleans.
 
@@ -369,49 +378,12 @@ def lookup(table: Tensor, *indices: Index | int) -> Any:
     return node("lookup", tuple(as_index(i) for i in indices), Table(table))
 
 
-def _lookup_tensor(table: Table, *indices: Any) -> Tensor:
-    places = tuple(torch.as_tensor(i, device=table.tensor.device) for i in indices)
-    entries = table.tensor[places] if places else table.tensor
-    # arithmetic on narrow integers would wrap round
-    return entries if entries.dtype == torch.bool else entries.long()
-
-
-def _extremum(tensor_op: Callable[..., Tensor], number_op: Callable[..., Any]) -> Callable[..., Any]:
-    def apply(a: Any, b: Any) -> Any:
-        tensors = [x for x in (a, b) if isinstance(x, Tensor)]
-        if not tensors:
-            return number_op(a, b)
-        a, b = (torch.as_tensor(x, device=tensors[0].device) for x in (a, b))
-        return tensor_op(a, b)
-
-    return apply
-
-
-# what the operators mean on tensors (and on plain numbers): the exact reading
-TENSOR_READING: dict[str, Callable[..., Any]] = {
-    "const": lambda value: value,
-    "lookup": _lookup_tensor,
-    "+": lambda a, b: a + b,
-    "-": lambda a, b: a - b,
-    "*": lambda a, b: a * b,
-    "//": lambda a, b: a // b,
-    "%": lambda a, b: a % b,
-    "abs": abs,
-    "minimum": _extremum(torch.minimum, min),
-    "maximum": _extremum(torch.maximum, max),
-    "<": lambda a, b: a < b,
-    "<=": lambda a, b: a <= b,
-    "==": lambda a, b: a == b,
-    "&": lambda a, b: a & b,
-    "|": lambda a, b: a | b,
-    "^": lambda a, b: a ^ b,
-    "~": lambda a: (not a) if isinstance(a, bool) else ~a,
-}
-
 b = Index("b")
 h = Index("h")
 q_idx = Index("q_idx")
 kv_idx = Index("kv_idx")
+everything = Mask("const", payload=True)
+nothing = Mask("const", payload=False)
 
 Pattern = TypeVar("Pattern", bound=Callable[..., Mask])
 

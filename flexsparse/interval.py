@@ -3,6 +3,9 @@
 Bounds are inclusive. `None` stands for "nothing is known", which is always a legal answer: the
 analysis then looks closer, and it is slower and never wrong. Vectorised: a bound is an int64 tensor
 with an entry for each cell, or a plain int.
+
+Floats are bounded in their own dtype, where rounding is monotone, so that bounds of bounds hold.
+(-inf, inf) is a float of which nothing is known, NaN included; a finite bound excludes NaN.
 """
 
 from __future__ import annotations
@@ -13,7 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from flexsparse import bits
 from flexsparse.pyramid import Pyramid
+from flexsparse.tensors import Number, Opaque, Table
 
 Bound = Any  # Tensor | int; torch's stubs do not type arithmetic between the two
 
@@ -144,9 +149,89 @@ def _exclusive_or(a: Truth, b: Truth) -> Truth:
 
 def _unless_unknown(rule: Callable[..., Interval]) -> Callable[..., Interval | None]:
     def apply(*operands: Interval | None) -> Interval | None:
-        return None if any(x is None for x in operands) else rule(*operands)
+        return None if any(x is None for x in operands) else settled(rule(*operands))
 
     return apply
+
+
+def settled(a: Interval) -> Interval:
+    """The same bounds, where those of a float that may be infinite or NaN become (-inf, inf)."""
+    if not (isinstance(a.lo, Tensor) and a.lo.is_floating_point()):
+        return a
+    known = a.lo.isfinite() & a.hi.isfinite()
+    return Interval(a.lo.where(known, -torch.inf), a.hi.where(known, torch.inf))
+
+
+def _remainder_of_anything(a: Interval | None, b: Interval | None) -> Interval | None:
+    if a is None and b is not None:
+        # whatever is divided: a remainder is smaller than its divisor
+        return Interval(_where(b.lo < 0, b.lo + 1, 0), _where(b.hi > 0, b.hi - 1, 0))
+    return None if a is None or b is None else _remainder(a, b)
+
+
+def _choose(condition: Truth, yes: Any, no: Any) -> Any:
+    """Bounds of `yes` where the condition always holds, of `no` where it never does, else of both."""
+
+    def pick(of_yes: Bound, of_no: Bound, of_both: Bound) -> Bound:
+        return _where(condition.always, of_yes, _where(_not(condition.ever), of_no, of_both))
+
+    if yes is None or no is None:
+        return None
+    if isinstance(yes, Truth):
+        always, ever = yes.always & no.always, yes.ever | no.ever
+        return Truth(pick(yes.always, no.always, always), pick(yes.ever, no.ever, ever))
+    lo, hi = _lowest(yes.lo, no.lo), _highest(yes.hi, no.hi)
+    return settled(Interval(pick(yes.lo, no.lo, lo), pick(yes.hi, no.hi, hi)))
+
+
+def _bit_rule(rule: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Interval | None]:
+    return _unless_unknown(lambda a, b: Interval(*rule(a, b)))
+
+
+def _narrow(dtype: torch.dtype, a: Interval | None) -> Interval:
+    """Integers that wrap round to fit a dtype."""
+    least, most = torch.iinfo(dtype).min, torch.iinfo(dtype).max
+    if a is None:
+        return Interval(least, most)
+    fits = (a.lo >= least) & (a.hi <= most)
+    return Interval(_where(fits, a.lo, least), _where(fits, a.hi, most))
+
+
+def _number(number: Number) -> Interval:
+    value = torch.tensor(number.value, dtype=number.dtype)
+    return settled(Interval(value, value))
+
+
+def _float(dtype: torch.dtype, a: Interval | None) -> Interval | None:
+    return None if a is None else settled(Interval(*(torch.as_tensor(x).to(dtype) for x in a)))
+
+
+def _truncate(dtype: torch.dtype, a: Interval | None) -> Interval | None:
+    """A float cut off to an integer; what does not fit the integer is anyone's guess."""
+    if a is None:
+        return None
+    limit = min(torch.iinfo(dtype).max // 2, 2**61)  # half, because floats round
+    least = 0 if torch.iinfo(dtype).min == 0 else -limit
+    if not bool(((a.lo >= least) & (a.hi <= limit)).all()):
+        return None
+    return Interval(a.lo.long(), a.hi.long())
+
+
+def _divide(a: Interval, b: Interval) -> Interval:
+    has_zero = (b.lo <= 0) & (b.hi >= 0)
+    quotients = [x / y for x in a for y in b]
+    return Interval(
+        _where(has_zero, -torch.inf, _lowest(*quotients)),
+        _where(has_zero, torch.inf, _highest(*quotients)),
+    )
+
+
+def _monotone(function: Callable[[Tensor], Tensor]) -> Callable[..., Interval | None]:
+    return _unless_unknown(lambda a: Interval(function(a.lo), function(a.hi)))
+
+
+def _opaque(payload: Opaque, *_operands: Any) -> Truth | None:
+    return UNDECIDED if payload.dtype == torch.bool else None
 
 
 def _comparison(rule: Callable[[Interval, Interval], Truth]) -> Callable[..., Truth]:
@@ -165,7 +250,17 @@ def _lookup(pyramid: Pyramid, *indices: Interval | None) -> Interval | Truth | N
     if len(known) < len(indices):
         return UNDECIDED if pyramid.is_boolean else None
     lo, hi = pyramid.bounds([i.lo for i in known], [i.hi for i in known])
-    return Truth(lo, hi) if pyramid.is_boolean else Interval(lo, hi)
+    return Truth(lo, hi) if pyramid.is_boolean else settled(Interval(lo, hi))
+
+
+def table_bounds(table: Table) -> Interval | Truth:
+    """The least and the greatest entry of a table."""
+    low, high = table.tensor.detach().aminmax()
+    if low.is_floating_point():
+        return settled(Interval(low.cpu(), high.cpu()))
+    if low.dtype == torch.bool:
+        return Truth(bool(low), bool(high))
+    return Interval(int(low), int(high))
 
 
 # what the operators mean on intervals; `lookup` takes the Pyramid of its table
@@ -176,10 +271,23 @@ INTERVAL_READING: dict[str, Callable[..., Any]] = {
     "-": _unless_unknown(_subtract),
     "*": _unless_unknown(_multiply),
     "//": _unless_unknown(_floor_divide),
-    "%": _unless_unknown(_remainder),
+    "%": _remainder_of_anything,
     "abs": _unless_unknown(_absolute),
     "minimum": _unless_unknown(_minimum),
     "maximum": _unless_unknown(_maximum),
+    "where": _choose,
+    "bit_and": _bit_rule(bits.bounds_of_and),
+    "bit_or": _bit_rule(bits.bounds_of_or),
+    "bit_xor": _bit_rule(bits.bounds_of_xor),
+    "narrow": _narrow,
+    "number": _number,
+    "float": _float,
+    "truncate": _truncate,
+    "/": _unless_unknown(_divide),
+    "sqrt": _monotone(torch.sqrt),
+    "floor": _monotone(torch.floor),
+    "ceil": _monotone(torch.ceil),
+    "opaque": _opaque,
     "<": _comparison(_less),
     "<=": _comparison(_less_equal),
     "==": _comparison(_equal),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from flexsparse.blocks import block_mask, write_kept_blocks
 from flexsparse.classify import BlockClasses
 from flexsparse.errors import ExecutorError
-from flexsparse.executors import flex, reference
+from flexsparse.executors import blockwise, flex, reference, sdpa
 from flexsparse.expr import Mask
 from flexsparse.lower import lower
 from flexsparse.validate import needs_int64
@@ -27,30 +28,60 @@ class Launch:
     heads: the query heads it computes
     mask: their mask
     classes: the class of every block; its grid has one plane where the heads share their blocks
-    block_mask: the lists in the layout the device's kernels read, with an exact mask_mod
+    device: where it runs
     wide: whether indices are computed in int64
     """
 
     heads: tuple[int, ...]
     mask: Mask
     classes: BlockClasses
-    block_mask: BlockMask
+    device: torch.device
     wide: bool
 
     @classmethod
     def of(
         cls, heads: tuple[int, ...], mask: Mask, classes: BlockClasses, device: torch.device
     ) -> Launch:
-        """Write the block lists of classified blocks for a device and make the launch."""
-        grid = classes.grid
-        wide = needs_int64(mask, grid)
+        """Make a launch of classified blocks, with its block lists unless none are needed."""
+        launch = cls(heads, mask, classes, device, needs_int64(mask, classes.grid))
+        if launch.usual_executor == "flex":
+            _ = launch.block_mask
+        return launch
+
+    @functools.cached_property
+    def block_mask(self) -> BlockMask:
+        """The lists in the layout the device's kernels read, with an exact mask_mod."""
+        grid = self.classes.grid
         # a kernel counts its heads from 0
         renumbered = grid.heads if grid.heads != tuple(range(len(grid.heads))) else None
-        mask_mod = lower(mask, device, grid.q_offset, renumbered, wide)
+        mask_mod = lower(self.mask, self.device, grid.q_offset, renumbered, self.wide)
         # On CPU torch wants lists as wide as the grid, and has no backward that would read q lists.
-        on_cpu = device.type == "cpu"
-        kept = write_kept_blocks(classes, device, compact=not on_cpu, q_lists=not on_cpu)
-        return cls(heads, mask, classes, block_mask(grid, kept, mask_mod, widen=False), wide)
+        on_cpu = self.device.type == "cpu"
+        kept = write_kept_blocks(self.classes, self.device, compact=not on_cpu, q_lists=not on_cpu)
+        return block_mask(grid, kept, mask_mod, widen=False)
+
+    @property
+    def usual_executor(self) -> str:
+        """What runs a forward pass without a score_mod."""
+        return "flex" if sdpa.unsupported(self.mask, self.classes.grid) else "sdpa"
+
+    def choose(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        score_mod: ScoreMod | None = None,
+        return_lse: bool = False,
+    ) -> dict[str, str | None]:
+        """Each executor in the order of preference, with why it cannot run these inputs, or None."""
+        grid = self.classes.grid
+        return {
+            "sdpa": sdpa.unsupported(self.mask, grid, score_mod=score_mod, return_lse=return_lse),
+            "flex": flex.unsupported(q, k, v, return_lse=return_lse),
+            "blockwise": blockwise.unsupported(q, k, v, grid.block_size),
+            "reference": None,
+        }
 
     def parts(
         self, n_heads: int, n_kv_heads: int
@@ -94,20 +125,26 @@ def run(
     return_lse: bool,
     executor: str | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Run a launch on the executor asked for, or else on the first that can: flex, reference."""
-    reason = flex.unsupported(q, k, v, return_lse=return_lse)
-    if executor is None:
-        executor = "flex" if reason is None else "reference"
-    if executor == "reference":
-        out, lse = reference.run(q, k, v, launch.block_mask.mask_mod, scale=scale, score_mod=score_mod)
-        return out, lse
-    if executor != "flex":
-        raise ExecutorError(f"There is no executor {executor!r}; there are 'flex' and 'reference'.")
-    if reason is not None:
+    """Run a launch on the executor asked for, or else on the first that can.
+
+    sdpa runs full and causal heads, flex any mask. blockwise is plain PyTorch: slower than flex, it
+    runs everywhere and has gradients and the LSE also on CPU. reference is dense, and runs only when
+    it is asked for.
+    """
+    reasons = launch.choose(q, k, v, score_mod=score_mod, return_lse=return_lse)
+    chosen = next(name for name, reason in reasons.items() if reason is None)
+    if executor is not None and executor not in reasons:
+        raise ExecutorError(f"There is no executor {executor!r}; there are {', '.join(reasons)}.")
+    if executor is not None and reasons[executor] is not None:
         raise ExecutorError(
-            f"executor='flex' cannot run this call: {reason}. Drop executor= to let flexsparse choose "
-            "(it would choose reference)."
+            f"executor={executor!r} cannot run this call: {reasons[executor]}. Drop executor= to let "
+            f"flexsparse choose (it would choose {chosen})."
         )
-    return flex.run(
-        q, k, v, launch.block_mask, scale=scale, score_mod=score_mod, return_lse=return_lse
-    )
+    name = executor or chosen
+    if name == "sdpa":
+        return sdpa.run(q, k, v, launch.mask, scale=scale), None
+    lists = launch.block_mask
+    if name == "reference":
+        return reference.run(q, k, v, lists.mask_mod, scale=scale, score_mod=score_mod)
+    runner = flex.run if name == "flex" else blockwise.run
+    return runner(q, k, v, lists, scale=scale, score_mod=score_mod, return_lse=return_lse)

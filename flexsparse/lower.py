@@ -20,9 +20,11 @@ import torch
 from torch import Tensor
 
 from flexsparse.expr import VARIABLES, Index, Mask, Table, postorder
+from flexsparse.tensors import Opaque
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 INT32_MAX = 2**31 - 1
+CASTS = ("narrow", "float", "truncate")
 
 
 def lower(
@@ -42,14 +44,14 @@ def lower(
         wide: compute in int64 because some index leaves int32 (kernels count in int32).
     """
     numbers: list[int] = [q_offset]
-    tables: list[Tensor] = []
+    tables: list[Any] = []
     lines: list[str] = []
 
     def number(value: int) -> str:
         numbers.append(value)
         return f"n{len(numbers) - 1}"
 
-    def table(tensor: Tensor) -> str:
+    def table(tensor: Any) -> str:
         tables.append(tensor)
         return f"t{len(tables) - 1}"
 
@@ -62,7 +64,9 @@ def lower(
         elif node.op == "kv_idx" and wide:
             text = "kv_idx.to(torch.int64)"
         elif node.op == "h" and heads is not None:
-            text = f"{table(torch.tensor(list(heads), device=device))}[h]"
+            text = f"{table(padded(torch.tensor(list(heads), device=device)))}[h]"
+        elif node.op in ("b", "h") and wide:
+            text = f"{node.op}.to(torch.int64)"
         elif node.op in VARIABLES:
             names[id(node)] = node.op
             continue
@@ -76,6 +80,15 @@ def lower(
                 text += ".to(torch.int64)"
             elif isinstance(node, Index) and node.payload.tensor.element_size() < 4:
                 text += ".to(torch.int32)"  # arithmetic on narrow integers would wrap round
+        elif node.op == "number":
+            value, dtype = node.payload
+            text = table(torch.tensor(value, dtype=dtype, device=device))
+        elif node.op in CASTS:
+            text = f"{args[0]}.to({node.payload})"
+            if isinstance(node, Index):
+                text += f".to(torch.int{64 if wide else 32})"
+        elif isinstance(node.payload, Opaque):
+            text = f"{table(node.payload.call)}({', '.join(args)})"
         else:
             text = TEXT_READING.get(node.op, f"{{}} {node.op} {{}}").format(*args)
         names[id(node)] = f"v{len(lines)}"
@@ -91,20 +104,35 @@ TEXT_READING = {
     "abs": "abs({})",
     "minimum": "torch.minimum({}, {})",
     "maximum": "torch.maximum({}, {})",
+    "where": "torch.where({}, {}, {})",
+    "bit_and": "({} & {})",
+    "bit_or": "({} | {})",
+    "bit_xor": "({} ^ {})",
+    "sqrt": "torch.sqrt({})",
+    "floor": "torch.floor({})",
+    "ceil": "torch.ceil({})",
 }
 
 
 def _read(
     tensor: Tensor, args: list[str], table: Callable[[Tensor], str], number: Callable[[int], str]
 ) -> str:
-    """Read a table through one flat index: inductor's C++ cannot compile 2-D captures of dynamic
-    stride, and the shape of a table is then data too."""
-    if tensor.dim() < 2 or tensor.numel() > INT32_MAX:
-        return f"{table(tensor)}[{', '.join(args)}]" if args else table(tensor)
+    """Read a table through one flat index, so that its shape is data too."""
+    if tensor.numel() > INT32_MAX:
+        return f"{table(tensor)}[{', '.join(args)}]"  # a flat index would leave int32
+    if not args:
+        return table(tensor)
     index = args[0]
     for size, arg in zip(tensor.shape[1:], args[1:], strict=True):
         index = f"({index}) * {number(size)} + {arg}"
-    return f"{table(tensor.reshape(-1))}[{index}]"
+    return f"{table(padded(tensor.reshape(-1)))}[{index}]"
+
+
+def padded(tensor: Tensor) -> Tensor:
+    """The table with its length rounded up to a power of 2, so that kernels for a fixed length, which
+    are all that inductor's C++ can do, are few."""
+    length = max(16, 1 << (len(tensor) - 1).bit_length())
+    return torch.nn.functional.pad(tensor, (0, length - len(tensor)))
 
 
 def _function(lines: list[str], result: str, n_numbers: int, n_tables: int) -> str:

@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 
 
+MOST_NODES = 4  # reads a dimension, which bound a range to within a half of its length
+
+
 class Pyramid:
     """The table's minimum and maximum over aligned ranges of 1, 2, 4, ... entries a dimension.
 
-    A range of any place and length is covered by two nodes a dimension: exact for the aligned cells
-    of the analysis, wider (never narrower) for others.
+    A range is covered by one node a dimension where it is aligned, as the cells of the analysis are,
+    and by a few smaller ones elsewhere: bounds may be too wide and are never too narrow.
 
     Args:
         table: integers, booleans or floats, 0 to 4 dimensions.
@@ -52,20 +55,34 @@ class Pyramid:
         if not spans:
             lo = hi = self.levels[0][0][tuple(first)]
             return _wide(lo), _wide(hi)
-        # cells of one level of the refinement are equally large, so the widest span serves all
-        widest = max(int(span.max()) for span in spans)
-        level = min(widest.bit_length(), len(self.levels) - 1)
+        # cells of one size of the refinement have spans alike, so the widest serves all
+        level = min(max(int(span.max()) for span in spans).bit_length(), len(self.levels) - 1)
+        ranges = self._nodes(first, last, level)
+        # one node of twice the span at most is close enough; two may be far too wide
+        while level and any(len(nodes) > 1 for nodes in ranges):
+            finer = self._nodes(first, last, level - 1)
+            if max(len(nodes) for nodes in finer) > MOST_NODES:
+                break
+            level, ranges = level - 1, finer
         lows, highs = self.levels[level]
-        corners = [
-            (a >> level, b >> level) if is_ranged else (a,)
-            for a, b, is_ranged in zip(first, last, self.ranged, strict=True)
-        ]
         lo = hi = None
-        for corner in itertools.product(*corners):
-            at_lo, at_hi = lows[corner], highs[corner]
+        for node in itertools.product(*ranges):
+            at_lo, at_hi = lows[node], highs[node]
             lo = at_lo if lo is None else torch.minimum(lo, at_lo)
             hi = at_hi if hi is None else torch.maximum(hi, at_hi)
         return _wide(lo), _wide(hi)
+
+    def _nodes(self, first: list[Tensor], last: list[Tensor], level: int) -> list[list[Tensor]]:
+        """For each dimension the nodes of a level that together cover first to last."""
+        ranges = []
+        for start, end, is_ranged in zip(first, last, self.ranged, strict=True):
+            if not is_ranged:
+                ranges.append([start])
+                continue
+            start, end = start >> level, end >> level
+            more = int((end - start).max())
+            ranges.append([start, *(torch.minimum(start + i, end) for i in range(1, more + 1))])
+        return ranges
 
 
 def _halve(x: Tensor, dim: int, extremum: Any) -> Tensor:

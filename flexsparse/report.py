@@ -20,13 +20,14 @@ def text(compiled: CompiledMask) -> str:
         f"CompiledMask: {heads}, {compiled.q_len:,} queries x {compiled.kv_len:,} keys, "
         f"blocks of {q_block} x {kv_block}, {compiled.device}"
     )
-    rows = [("heads", "mask", "computed", "of them full", "of all blocks")]
+    rows = [("heads", "mask", "executor", "computed", "of them full", "of all blocks")]
     for launch in compiled.launches:
         classes = launch.classes
         rows.append(
             (
                 "all" if compiled.n_heads is None else head_ranges(launch.heads).split(" ", 1)[1],
                 shorten(launch.mask.name, NAME_WIDTH),
+                launch.usual_executor,
                 f"{classes.blocks:,} blocks",
                 f"{classes.full.blocks:,}",
                 f"{classes.density:.2%}",
@@ -42,7 +43,10 @@ def text(compiled: CompiledMask) -> str:
         if not evaluated
         else f"{evaluated:,} blocks evaluated element by element, the rest proved"
     )
-    closing = [
+    closing = []
+    if compiled.device.type == "cpu" and any(x.usual_executor == "flex" for x in compiled.launches):
+        closing.append("With gradients or return_lse, flex heads run on blockwise: flex has neither on CPU.")
+    closing += [
         f"All heads compute {density:.2%} of the blocks of dense attention.",
         f"Compiled in {compiled.compile_seconds * 1e3:.1f} ms: {proved}.",
     ]
@@ -54,7 +58,7 @@ def table(rows: list[tuple[str, ...]]) -> list[str]:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [
         "  " + "  ".join(
-            cell.ljust(width) if i < 2 else cell.rjust(width)
+            cell.ljust(width) if i < 3 else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows

@@ -22,13 +22,18 @@ from flexsparse.expr import (
     Mask,
     as_index,
     b,
+    bit_and,
+    bit_or,
+    bit_xor,
     h,
     kv_idx,
     maximum,
     minimum,
     postorder,
     q_idx,
+    where,
 )
+from flexsparse.tensors import Opaque
 
 # binding strength, as in Python: a comparison binds more loosely than & | ^
 COMPARISON, OR, XOR, AND, SUM, PRODUCT, UNARY, ATOM = range(8)
@@ -43,7 +48,9 @@ INFIX = {
     "*": PRODUCT,
     "//": PRODUCT,
     "%": PRODUCT,
+    "/": PRODUCT,
 }
+CASTS = ("narrow", "float", "truncate")
 BUILTINS: dict[str, Any] = {
     "b": b,
     "h": h,
@@ -52,6 +59,10 @@ BUILTINS: dict[str, Any] = {
     "abs": abs,
     "minimum": minimum,
     "maximum": maximum,
+    "where": where,
+    "bit_and": bit_and,
+    "bit_or": bit_or,
+    "bit_xor": bit_xor,
 }
 
 
@@ -80,7 +91,7 @@ def _write_node(node: Expr, args: list[tuple[str, int]]) -> tuple[str, int]:
         text, strength = args[i]
         return text if strength >= at_least else f"({text})"
 
-    if node.op == "const":
+    if node.op in ("const", "number"):
         return str(node.payload), UNARY if str(node.payload).startswith("-") else ATOM
     if node.op in INFIX:
         strength = INFIX[node.op]
@@ -93,17 +104,22 @@ def _write_node(node: Expr, args: list[tuple[str, int]]) -> tuple[str, int]:
         return f"{operand(0, ATOM)}.equals({args[1][0]})", ATOM
     if not node.args and node.payload is None:
         return node.op, ATOM
+    texts = ", ".join(text for text, _ in args)
+    if node.op in CASTS:
+        return f"{str(node.payload).removeprefix('torch.')}({texts})", ATOM
+    if isinstance(node.payload, Opaque):
+        return f"opaque<{node.payload.name}>({texts})", ATOM
     inside = ([repr(node.payload)] if node.payload is not None else []) + [text for text, _ in args]
     return f"{node.op}({', '.join(inside)})", ATOM
 
 
 def parse(text: str, names: Mapping[str, Any] | None = None) -> Mask:
-    """Read a mask from text; parse(str(mask)) == mask for every mask without tensors.
+    """Read a mask from text; parse(str(mask)) == mask for every mask of integers without tensors.
 
     Args:
         text: for example 'causal & (sink(64) | window(256))', or a formula of q_idx and kv_idx.
         names: the patterns the text may use, such as vars(flexsparse.masks). Only what is in here
-            (and b, h, q_idx, kv_idx, abs, minimum, maximum) can be called.
+            (and b, h, q_idx, kv_idx, abs, minimum, maximum, where, bit_and, ...) can be called.
 
     Raises:
         MaskError: with the column, what was found there, and the nearest known name.
@@ -191,7 +207,7 @@ class _Parser:
         if strength == UNARY:
             return self.unary()
         left = self.infix(strength + 1)
-        operators = tuple(op for op, s in INFIX.items() if s == strength)
+        operators = tuple(op for op in _OPERATORS if INFIX[op] == strength)
         kind = Mask if strength < SUM else Index
         while (operator := self.take(*operators)) is not None:
             right = self.infix(strength + 1)
@@ -249,7 +265,10 @@ class _Parser:
             if name != "equals":
                 self.fail(column, f"only .equals(...) may follow a dot, not {name!r}")
             self.position += 1
-            (other,), _ = self.arguments()
+            args, kwargs = self.arguments()
+            if len(args) != 1 or kwargs:
+                self.fail(column, f"equals takes one index and got {len(args) + len(kwargs)}")
+            other = args[0]
             value = self.apply(lambda a, c: a.equals(c), dot[1], value, other, Index)
         return value
 

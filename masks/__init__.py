@@ -1,9 +1,19 @@
 """The pattern library: attention patterns by name, written in flexsparse's public names alone.
 
-Each is a Mask or a function that returns one; combine them with & | ~ and per_head.
+Each is a Mask or a function that returns one; combine them with & | ~ and per_head. Those of
+`systems`, s2_attention and phi3_small return the masks of all heads.
 """
 
-from flexsparse.masks.documents import packed, padding, same_document
+from flexsparse.masks.documents import bifurcated, packed, padding, same_document, shared_prefix
+from flexsparse.masks.grids import axial, neighborhood, sliding_tile
+from flexsparse.masks.models import (
+    bigbird,
+    combiner_fixed,
+    longformer,
+    orion_msp,
+    sparse_transformer_fixed,
+    sparse_transformer_strided,
+)
 from flexsparse.masks.positions import (
     causal,
     chunked,
@@ -15,20 +25,99 @@ from flexsparse.masks.positions import (
     strided,
     window,
 )
-from flexsparse.masks.tables import block_sparse
+from flexsparse.masks.streaming import (
+    a_shape,
+    block_streaming,
+    duo_streaming,
+    streaming_llm,
+    token_streaming,
+    tri_shape,
+)
+from flexsparse.masks.strides import (
+    local_stride,
+    phi3_small,
+    relative_stride,
+    s2_attention,
+)
+from flexsparse.masks.systems import (
+    block_sparse_attention,
+    duo_attention,
+    longgen,
+    lserve,
+    moa,
+)
+from flexsparse.masks.tables import (
+    block_sparse,
+    clusters,
+    hash_sparse,
+    kept_keys,
+    qk_sparse,
+    vertical_slash,
+    vertical_slash_blocks,
+)
+from flexsparse.masks.video import (
+    attention_tile,
+    diagonal,
+    frame_causal,
+    mminference_grid,
+    multi_diagonal,
+    spatial_head,
+    temporal_head,
+    vertical_stripe,
+)
 
 __all__ = [
+    "a_shape",
+    "attention_tile",
+    "axial",
+    "bifurcated",
+    "bigbird",
     "block_sparse",
+    "block_sparse_attention",
+    "block_streaming",
     "causal",
     "chunked",
+    "clusters",
+    "combiner_fixed",
+    "diagonal",
     "dilated",
+    "duo_attention",
+    "duo_streaming",
+    "frame_causal",
     "full",
     "global_tokens",
+    "hash_sparse",
+    "kept_keys",
+    "local_stride",
+    "longformer",
+    "longgen",
+    "lserve",
+    "mminference_grid",
+    "moa",
+    "multi_diagonal",
+    "neighborhood",
+    "orion_msp",
     "packed",
     "padding",
+    "phi3_small",
     "prefix",
+    "qk_sparse",
+    "relative_stride",
+    "s2_attention",
     "same_document",
+    "shared_prefix",
     "sink",
+    "sliding_tile",
+    "sparse_transformer_fixed",
+    "sparse_transformer_strided",
+    "spatial_head",
+    "streaming_llm",
     "strided",
+    "temporal_head",
+    "token_streaming",
+    "tri_shape",
+    "vertical_slash",
+    "vertical_slash_blocks",
+    "vertical_stripe",
     "window",
 ]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flexsparse import Mask, MaskError, b, kv_idx, lookup, pattern, q_idx
+from flexsparse import Mask, MaskError, b, kv_idx, pattern, q_idx
+from flexsparse.masks.arguments import at_least, flag, number, tensor_of
 from flexsparse.masks.positions import causal
 
 
@@ -22,15 +23,14 @@ def same_document(ids: Tensor) -> Mask:
 
     Source: FlexAttention blog, "Document Masking".
     """
+    tensor_of("same_document", "ids", ids, "integer", {1: "[tokens]", 2: "[B, tokens]"})
     if ids.dim() == 2:
-        return lookup(ids, b, q_idx).equals(lookup(ids, b, kv_idx))
-    return lookup(ids, q_idx).equals(lookup(ids, kv_idx))
+        return number(ids, b, q_idx).equals(number(ids, b, kv_idx))
+    return number(ids, q_idx).equals(number(ids, kv_idx))
 
 
 @pattern
-def packed(
-    cu_seqlens_q: Tensor, cu_seqlens_kv: Tensor | None = None, inner: Mask = causal
-) -> Mask:
+def packed(cu_seqlens_q: Tensor, cu_seqlens_kv: Tensor | None = None, inner: Mask = causal) -> Mask:
     """Packed sequences, each under the mask `inner` with positions of its own.
 
     Inside a sequence the last query stands at the last key (bottom-right), also where it has fewer
@@ -51,15 +51,15 @@ def packed(
         _check_cu_seqlens(name, ends)
     if len(cu_seqlens_q) != len(kv_ends):
         raise MaskError(
-            f"packed got {len(cu_seqlens_q) - 1} sequences of queries and {len(kv_ends) - 1} of keys; "
-            "give both the same number."
+            f"packed got {len(cu_seqlens_q) - 1} sequences of queries and {len(kv_ends) - 1} of "
+            "keys; give both the same number."
         )
     q_sequence, q_place = _sequences(cu_seqlens_q)
     kv_sequence, kv_place = (q_sequence, q_place) if same else _sequences(kv_ends)
     ahead = (kv_ends.diff() - cu_seqlens_q.diff()).to(q_place.dtype)
     q_place = q_place if same else q_place + ahead[q_sequence.long()]
-    mine: Mask = lookup(q_sequence, q_idx).equals(lookup(kv_sequence, kv_idx))
-    return mine & inner.at(q_idx=lookup(q_place, q_idx), kv_idx=lookup(kv_place, kv_idx))
+    mine = number(q_sequence, q_idx).equals(number(kv_sequence, kv_idx))
+    return mine & inner.at(q_idx=number(q_place, q_idx), kv_idx=number(kv_place, kv_idx))
 
 
 def _check_cu_seqlens(name: str, ends: Tensor) -> None:
@@ -73,8 +73,8 @@ def _check_cu_seqlens(name: str, ends: Tensor) -> None:
     if int(lengths.min()) < 0:
         place = int((lengths < 0).nonzero()[0])
         raise MaskError(
-            f"{name} decreases from {int(ends[place])} to {int(ends[place + 1])} at entry {place + 1}; "
-            "it must never decrease."
+            f"{name} decreases from {int(ends[place])} to {int(ends[place + 1])} at entry "
+            f"{place + 1}; it must never decrease."
         )
 
 
@@ -87,14 +87,81 @@ def _sequences(ends: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @pattern
+def shared_prefix(cu_seqlens: Tensor, prefix_of: Tensor) -> Mask:
+    """Packed documents, causal inside; some continue another, which they see whole.
+
+    A prompt is stored once and each response to it sees it, in one packed sequence.
+
+    shared_prefix([0, 2, 4, 6], [0, 0, 0]), 6 x 6:
+        #.....
+        ##....
+        ###...
+        ####..
+        ##..#.
+        ##..##
+
+    Args:
+        cu_seqlens: integer [documents + 1], where each document starts, and the end.
+        prefix_of: integer [documents], the document that each one continues; a document that
+            continues none, such as a prompt, has its own number.
+
+    Source: attention-gym's shared_prefix; bifurcated attention (arXiv 2403.08845).
+    """
+    _check_cu_seqlens("cu_seqlens", cu_seqlens)
+    tensor_of("shared_prefix", "prefix_of", prefix_of, "integer", {1: "[documents]"})
+    n_documents = len(cu_seqlens) - 1
+    numbers = torch.arange(n_documents, device=prefix_of.device)
+    prefix = prefix_of.long()
+    fits = len(prefix) == n_documents and bool(((prefix >= 0) & (prefix < n_documents)).all())
+    if not fits or not torch.equal(prefix[prefix], prefix):
+        raise MaskError(
+            f"shared_prefix(prefix_of={prefix_of.tolist()}): each of {n_documents} documents needs "
+            "the number of one that has its own number (a prefix of a prefix is not supported)."
+        )
+    document, _ = _sequences(cu_seqlens)
+    seen = torch.where(prefix == numbers, -1, prefix)[document.long()].int()
+    mine, its = number(document, q_idx), number(document, kv_idx)
+    return (causal & mine.equals(its)) | number(seen, q_idx).equals(its)
+
+
+@pattern
+def bifurcated(context_len: int, sample_len: int) -> Mask:
+    """One context and then samples of equal length, each causal after the context, blind to others.
+
+    Keys are [context | sample 0 | sample 1 | ...], and queries stand where their keys do. For a
+    step of all samples, compile .at(q_idx=context_len + q_idx * sample_len + step) with q_offset=0.
+
+    bifurcated(2, 2), 6 x 6:                   #.....
+                                               ##....
+    Args:                                      ###...
+        context_len: tokens of the context.    ####..
+        sample_len: tokens of each sample.     ##..#.
+                                               ##..##
+    Source: bifurcated attention (arXiv 2403.08845).
+    """
+    at_least("bifurcated", 0, context_len=context_len)
+    at_least("bifurcated", 1, sample_len=sample_len)
+    q_sample, kv_sample = ((x - context_len) // sample_len for x in (q_idx, kv_idx))
+    return causal & ((kv_idx < context_len) | q_sample.equals(kv_sample))
+
+
+@pattern
 def padding(keys: Tensor) -> Mask:
     """Every query of a batch row sees that row's real keys and none of its padding.
 
-    Args:
+    padding([3]), 3 x 5:    ###..
+                            ###..
+    Args:                   ###..
         keys: integer [B], the number of real keys of each row, padding on the right;
             or boolean [B, kv_len], true for real keys, padding anywhere.
     """
+    shapes = {1: "[B] of integers", 2: "[B, kv_len] of booleans"}
+    tensor_of("padding", "keys", keys, "boolean or integer", shapes)
+    if (keys.dtype == torch.bool) != (keys.dim() == 2):
+        raise MaskError(
+            f"padding got keys = {keys.dtype} {tuple(keys.shape)}; it must be integer [B] or "
+            "boolean [B, kv_len]."
+        )
     if keys.dtype == torch.bool:
-        real: Mask = lookup(keys, b, kv_idx)
-        return real
-    return kv_idx < lookup(keys, b)
+        return flag(keys, b, kv_idx)
+    return kv_idx < number(keys, b)

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from flexsparse import Mask, MaskError, kv_idx, lookup, pattern, q_idx
+from flexsparse import Mask, MaskError, b, everything, kv_idx, pattern, q_idx
+from flexsparse.masks.arguments import at_least, flag, number, tensor_of
 
-full = (kv_idx >= kv_idx).named("full")
+full = everything.named("full")
 causal = (kv_idx <= q_idx).named("causal")
-
-
-def _at_least_one(name: str, **sizes: int) -> None:
-    for argument, size in sizes.items():
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise MaskError(f"{name}({argument}={size!r}): {argument} must be an int of 1 or more.")
 
 
 @pattern
@@ -32,9 +27,10 @@ def window(size: int) -> Mask:
     """
     if isinstance(size, int) and size < 1:
         raise MaskError(
-            f"window(size={size}) sees no key. `size` counts the query's own position; use size >= 1."
+            f"window(size={size}) sees no key. `size` counts the query's own position; "
+            "use size >= 1."
         )
-    _at_least_one("window", size=size)
+    at_least("window", 1, size=size)
     return q_idx - kv_idx < size
 
 
@@ -49,23 +45,26 @@ def sink(size: int) -> Mask:
                                                 #..##
     Source: StreamingLLM (arXiv 2309.17453), section 3.2.
     """
-    if not isinstance(size, int) or isinstance(size, bool) or size < 0:
-        raise MaskError(f"sink(size={size!r}): size must be an int of 0 or more.")
+    at_least("sink", 0, size=size)
     return kv_idx < size
 
 
 @pattern
-def prefix(length: int) -> Mask:
+def prefix(length: int | Tensor) -> Mask:
     """A prefix that sees itself whole, causal after it: (kv_idx < length) | causal.
 
-    prefix(3), 5 x 5:                       ###..
-                                            ###..
-    Args:                                   ###..
-        length: of the prefix, in tokens.   ####.
-                                            #####
-    Source: T5 (arXiv 1910.10683), section 3.2.1.
+    prefix(3), 5 x 5:                                   ###..
+                                                        ###..
+    Args:                                               ###..
+        length: of the prefix, in tokens, or integer    ####.
+            [B], the length in each batch row.          #####
+
+    Source: T5 (arXiv 1910.10683), section 3.2.1; the FlexAttention blog's "PrefixLM".
     """
-    _at_least_one("prefix", length=length)
+    if isinstance(length, Tensor):
+        tensor_of("prefix", "length", length, "integer", {1: "[B]"})
+        return (kv_idx < number(length, b)) | causal
+    at_least("prefix", 1, length=length)
     return (kv_idx < length) | causal
 
 
@@ -81,7 +80,7 @@ def dilated(size: int, dilation: int) -> Mask:
                                                             ..#.#
     Source: Longformer (arXiv 2004.05150), section 3.1.
     """
-    _at_least_one("dilated", size=size, dilation=dilation)
+    at_least("dilated", 1, size=size, dilation=dilation)
     return (q_idx - kv_idx < size * dilation) & ((q_idx - kv_idx) % dilation).equals(0)
 
 
@@ -96,7 +95,7 @@ def strided(stride: int) -> Mask:
                                             .#..#
     Source: Sparse Transformers (arXiv 1904.10509), section 4.2.
     """
-    _at_least_one("strided", stride=stride)
+    at_least("strided", 1, stride=stride)
     return ((q_idx - kv_idx) % stride).equals(0)
 
 
@@ -111,7 +110,7 @@ def chunked(size: int) -> Mask:
                                             ....#
     Source: Llama 4's chunked attention; blockwise attention (arXiv 1911.02972).
     """
-    _at_least_one("chunked", size=size)
+    at_least("chunked", 1, size=size)
     return (q_idx // size).equals(kv_idx // size)
 
 
@@ -129,7 +128,7 @@ def global_tokens(tokens: int | Tensor) -> Mask:
     Source: Longformer (arXiv 2004.05150), section 3.1.
     """
     if isinstance(tokens, Tensor):
-        is_global: Mask = lookup(tokens, q_idx) | lookup(tokens, kv_idx)
-        return is_global
-    _at_least_one("global_tokens", tokens=tokens)
+        tensor_of("global_tokens", "tokens", tokens, "boolean", {1: "[tokens]"})
+        return flag(tokens, q_idx) | flag(tokens, kv_idx)
+    at_least("global_tokens", 1, tokens=tokens)
     return (q_idx < tokens) | (kv_idx < tokens)

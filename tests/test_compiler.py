@@ -44,7 +44,7 @@ def assert_as_good_as_dense(out, mask, q, k, v, **options):
 SHAPES = [(127, 127), (128, 128), (129, 129), (1000, 1000), (200, 1000), (1000, 200)]
 
 
-@pytest.mark.parametrize("executor", ["flex", "reference"])
+@pytest.mark.parametrize("executor", ["flex", "blockwise", "reference"])
 @pytest.mark.parametrize("group_size", [1, 4])
 def test_executors_agree_with_dense_attention(executor, group_size):
     for q_len, kv_len in SHAPES:
@@ -79,7 +79,23 @@ def test_the_reference_lse_is_that_of_the_kept_scores():
     torch.testing.assert_close(lse, scores.masked_fill(~kept, -torch.inf).logsumexp(-1))
 
 
-@pytest.mark.parametrize("executor", ["flex", "reference"])
+@pytest.mark.parametrize("mask", [full, causal], ids=str)
+@pytest.mark.parametrize(("q_len", "kv_len"), [(300, 300), (100, 300), (300, 100)])
+def test_full_and_causal_heads_go_to_sdpa(mask, q_len, kv_len):
+    q, k, v = inputs(q_len, kv_len, n_kv_heads=2)
+    attend = compile_mask(mask, q_len, kv_len, q_offset=0)
+    out = attend(q, k, v, executor="sdpa")
+    assert torch.equal(out, attend(q, k, v))
+    assert_as_good_as_dense(out, mask, q, k, v, q_offset=0)
+
+
+def test_sdpa_refuses_what_it_cannot_align():
+    q, k, v = inputs(100, 300)
+    with pytest.raises(ExecutorError, match="neither full nor causal from position 0"):
+        compile_mask(causal, 100, 300)(q, k, v, executor="sdpa")
+
+
+@pytest.mark.parametrize("executor", ["flex", "blockwise", "reference"])
 def test_a_row_without_keys_gives_zero(executor):
     q, k, v = inputs(200, 100)  # bottom-right: the first 100 queries stand before every key
     out = compile_mask(causal, 200, 100)(q, k, v, executor=executor)
@@ -144,7 +160,7 @@ def test_packed_sequences_of_different_lengths():
         torch.testing.assert_close(out[:, :, q_part], one)
 
 
-@pytest.mark.parametrize("executor", ["flex", "reference"])
+@pytest.mark.parametrize("executor", ["flex", "blockwise", "reference"])
 def test_scale_and_score_mod_see_heads_and_positions(executor):
     slopes = torch.tensor([0.5, 0.25, 0.125, 1.0])
 

@@ -1,1 +1,38 @@
-def main() -> None: ...
+"""The command line: `flexsparse show`, `flexsparse run` and `flexsparse demo`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from flexsparse.commands import demo, run, show
+from flexsparse.commands.arguments import CommandError
+from flexsparse.errors import ExecutorError, MaskError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; return 0, 1 if its check failed, 2 if it could not run, 130 after Ctrl-C."""
+    parser = argparse.ArgumentParser(
+        prog="flexsparse",
+        description="Compile sparse attention masks, look at them, and run them.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="command")
+    for command in (show, run, demo):
+        command.add_to(commands)
+    args = parser.parse_args(argv)
+    try:
+        status: int = args.command(args)
+        sys.stdout.flush()
+        return status
+    except (MaskError, ExecutorError, CommandError) as error:
+        print(f"flexsparse: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nflexsparse: stopped.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # the reader, `head` for instance, has seen enough; keep the exit from flushing into it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0

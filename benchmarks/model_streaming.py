@@ -1,0 +1,172 @@
+"""What the streaming kernels must reach, from counts alone: keys, FLOPs, bytes, roofline time.
+
+    python benchmarks/model_streaming.py            # needs no GPU and no triton
+
+For every pattern: the keys a tile plan visits against the keys the mask needs, our tiles beside
+FlexAttention's blocks of 128, and the time the visited work takes at the datasheet's rates. `bound`
+is the roofline of the needed work, what "within 2 x of the roofline" refers to. These are
+predictions; measured times are in results/*.json and nowhere else.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import NamedTuple
+
+PATTERNS = ((64, 256), (4, 64), (128, 1024))  # (sink, window) in tokens
+TARGETS = {(64, 256): 1.25, (4, 64): 2.2}  # visited / needed, at most
+FLEX_BLOCK = 128
+BYTES = 2  # of a bfloat16
+FORWARD_PRODUCTS, BACKWARD_PRODUCTS = 2, 7  # q k', p v; and s, dp, dq, then s, dp, dv, dk
+
+
+class Device(NamedTuple):
+    """Datasheet rates: dense bfloat16 FLOP/s, device memory bytes/s, and an estimate for the L2."""
+
+    name: str
+    flops: float
+    memory: float
+    l2: float
+
+
+# the L2 rates are no datasheet's: published microbenchmarks give about this much
+DEVICES = (Device("A100", 312e12, 2.0e12, 4.0e12), Device("H200", 989e12, 4.8e12, 5.5e12))
+
+
+class Plan(NamedTuple):
+    """How a kernel cuts the work: rows of one head in a tile, its keys, heads sharing keys."""
+
+    name: str
+    rows: int
+    kv: int
+    pack: int
+    visited: Callable[[int, int, int, int], int]
+
+
+class Count(NamedTuple):
+    """Work of one attention call over all heads."""
+
+    needed: float  # (row, key) pairs
+    visited: float
+    l2_bytes: float  # keys and values read by the forward kernel's tiles, mostly from the L2
+    bytes: float  # what must cross device memory once
+
+
+def cdiv(a: int, b: int) -> int:
+    """Rounded up."""
+    return -(-a // b)
+
+
+def needed_keys(p: int, sink: int, window: int) -> int:
+    """Keys that the row at position p keeps."""
+    return min(p + 1, window) + max(0, min(sink, p + 1 - window))
+
+
+def visited_by_tiles(row0: int, row1: int, sink: int, window: int, kv: int, rest: int = 16) -> int:
+    """Keys that rows row0..row1 visit: `schedule` in streaming_kernels.py, written out."""
+    end = row1 + 1
+    sink = min(sink, end)
+    start = min(max(row0 - window + 1, 0), end) if window > 0 else end
+    small = sink % kv if sink % kv <= rest else 0
+    apart = cdiv(sink - small, kv) + cdiv(end - start, kv)
+    if start < sink or cdiv(end, kv) <= apart:
+        return cdiv(end, kv) * kv
+    return apart * kv + (rest if small else 0)
+
+
+def visited_by_blocks(row0: int, row1: int, sink: int, window: int, block: int) -> int:
+    """Keys in the aligned blocks that hold a kept pair: what a BlockMask schedules."""
+    last = row1 // block
+    first = max(0, row0 - window + 1) // block
+    n_sink = cdiv(min(sink, row1 + 1), block)
+    return (last - first + 1 + min(first, n_sink)) * block
+
+
+PLANS = {
+    "ours": Plan("ours", 64, 64, 1, visited_by_tiles),
+    "ours, 4 heads packed": Plan("ours, 4 heads packed", 32, 64, 4, visited_by_tiles),
+    "flex 128": Plan("flex 128", FLEX_BLOCK, FLEX_BLOCK, 1, visited_by_blocks),
+}
+
+
+def count(
+    plan: Plan, sink: int, window: int, length: int, n_heads: int, n_kv_heads: int, d: int
+) -> Count:
+    """Pairs needed and visited, and bytes, of q_len = kv_len = length."""
+    needed = sum(needed_keys(p, sink, window) for p in range(length))
+    visited = keys = 0
+    for row0 in range(0, length, plan.rows):
+        row1 = min(row0 + plan.rows, length) - 1
+        seen = plan.visited(row0, row1, sink, window, plan.kv)
+        keys += seen
+        visited += seen * plan.rows
+    once = length * d * BYTES * (2 * n_heads + 2 * n_kv_heads)  # q, out; k, v
+    l2_bytes = keys * 2 * d * BYTES * n_heads / plan.pack
+    return Count(needed * n_heads, visited * n_heads, l2_bytes, once)
+
+
+def steady_ratio(plan: Plan, sink: int, window: int) -> float:
+    """Visited / needed far from the first row, where every row of tiles is alike."""
+    row0 = 1 << 20
+    seen = plan.visited(row0, row0 + plan.rows - 1, sink, window, plan.kv)
+    return seen / (sink + window)
+
+
+def times(work: Count, device: Device, d: int, backward: bool) -> tuple[float, float, float]:
+    """Seconds: the roofline of the needed work; of the visited work; the latter with the L2."""
+    products = FORWARD_PRODUCTS + (BACKWARD_PRODUCTS if backward else 0)
+    # 5 products are the least a backward pass needs, 7 what two passes without atomics do
+    least = FORWARD_PRODUCTS + (5 if backward else 0)
+    moved = work.bytes * (4 if backward else 1)  # again q, k, v, out, dout; and dq, dk, dv
+    l2_bytes = work.l2_bytes * (3.5 if backward else 1)  # dq reads k, v; dkdv reads q, dout
+    bound = max(work.needed * 2 * d * least / device.flops, moved / device.memory)
+    mine = max(work.visited * 2 * d * products / device.flops, moved / device.memory)
+    return bound, mine, max(mine, l2_bytes / device.l2)
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--length", type=int, default=16384)
+    parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--kv-heads", type=int, default=32)
+    parser.add_argument("--head-dim", type=int, default=128)
+    args = parser.parse_args()
+
+    print("keys visited / keys needed, far from the first row")
+    print(f"{'':22}" + "".join(f"{f'{s}, {w}':>12}" for s, w in PATTERNS))
+    for plan in PLANS.values():
+        ratios = (steady_ratio(plan, s, w) for s, w in PATTERNS)
+        print(f"{plan.name:22}" + "".join(f"{ratio:>12.3f}" for ratio in ratios))
+    targets = (TARGETS.get(pattern) for pattern in PATTERNS)
+    print(f"{'target, at most':22}" + "".join(f"{x if x else '-':>12}" for x in targets))
+
+    print(
+        f"\nmilliseconds, {args.length} tokens, {args.heads} heads on {args.kv_heads} kv heads, "
+        f"head_dim {args.head_dim}, bf16, batch 1"
+    )
+    print("bound: roofline of the keys needed; visited: of the keys visited; + L2: with L2 traffic")
+    head = f"{'':6}{'(s, w)':>12}  {'plan':22}{'pass':9}{'GFLOP':>9}{'MB':>8}{'L2 MB':>9}"
+    print(head + f"{'bound':>9}{'visited':>9}{'+ L2':>9}")
+    for device in DEVICES:
+        for s, w in PATTERNS:
+            for plan in PLANS.values():
+                if args.heads // args.kv_heads % plan.pack:
+                    continue
+                work = count(plan, s, w, args.length, args.heads, args.kv_heads, args.head_dim)
+                for backward in (False, True):
+                    bound, mine, l2 = times(work, device, args.head_dim, backward)
+                    products = FORWARD_PRODUCTS + BACKWARD_PRODUCTS * backward
+                    flops = work.visited * 2 * args.head_dim * products
+                    print(
+                        f"{device.name:6}{f'{s}, {w}':>12}  {plan.name:22}"
+                        f"{'fwd+bwd' if backward else 'fwd':9}{flops / 1e9:>9.0f}"
+                        f"{work.bytes * (4 if backward else 1) / 1e6:>8.0f}"
+                        f"{work.l2_bytes * (3.5 if backward else 1) / 1e6:>9.0f}"
+                        f"{bound * 1e3:>9.3f}{mine * 1e3:>9.3f}{l2 * 1e3:>9.3f}"
+                    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""What the commands share: their error, the types of their arguments, and timing."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+import flexsparse.masks
+from flexsparse.expr import Mask
+from flexsparse.text import parse
+
+
+class CommandError(Exception):
+    """A command cannot go on; the text says why and what to do."""
+
+
+def positive(text: str) -> int:
+    """An argument that counts something: an int of 1 or more; 131_072 and 131,072 are fine."""
+    try:
+        number = int(text.replace(",", ""))
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+    return number
+
+
+def read_mask(text: str) -> Mask:
+    """A mask from text, with the pattern library's names."""
+    patterns = {name: getattr(flexsparse.masks, name) for name in flexsparse.masks.__all__}
+    return parse(text, patterns)
+
+
+def device_here() -> torch.device:
+    """The CUDA device if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def device_name(device: torch.device) -> str:
+    """A device in words, with its threads or its model."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can be taken on a device now."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        with open("/proc/meminfo") as lines:
+            fields = dict(line.split(":", 1) for line in lines)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def seconds(call: Callable[[], object], device: torch.device) -> float:
+    """How long one call takes, to the end of its work on the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
+
+
+def medians(
+    calls: Sequence[Callable[[], object]], device: torch.device, budget: float = 4.0
+) -> tuple[list[float], int]:
+    """(The median time of each call in seconds, of how many runs); the calls take turns.
+
+    They take turns so that other work on the machine slows all of them alike. Between 3 and 25
+    runs each, fewer the longer one takes.
+    """
+    times: list[list[float]] = [[] for _ in calls]
+    started = time.perf_counter()
+    while len(times[0]) < 3 or (time.perf_counter() - started < budget and len(times[0]) < 25):
+        for call, own in zip(calls, times, strict=True):
+            own.append(seconds(call, device))
+    return [statistics.median(own) for own in times], len(times[0])
+
+
+def dense_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float | None = None
+) -> Tensor:
+    """Dense attention by scaled_dot_product_attention, causal or without a mask."""
+    gqa = q.shape[1] != k.shape[1]
+    return torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, is_causal=causal, scale=scale, enable_gqa=gqa
+    )
+
+
+def duration(value: float) -> str:
+    """A time with a unit that suits it."""
+    if value >= 10:
+        return f"{value:.0f} s"
+    return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.1f} ms"
+
+
+def ratio(ours: float, theirs: float) -> str:
+    """How our time compares with another: '2.1 x faster than', 'about as fast as'."""
+    if max(ours, theirs) < 1.05 * min(ours, theirs):
+        return "about as fast as"
+    return (
+        f"{theirs / ours:.1f} x faster than"
+        if theirs > ours
+        else f"{ours / theirs:.1f} x slower than"
+    )

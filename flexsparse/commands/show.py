@@ -1,0 +1,59 @@
+"""`flexsparse show`: what a mask decides, block by block, as a report and a picture."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from flexsparse.commands.arguments import positive, read_mask
+from flexsparse.compiler import CompiledMask, compile_mask
+from flexsparse.terminal import Ink, picture
+
+MASK_HELP = "a mask, quoted for the shell: 'causal & (sink(64) | window(256))'"
+
+
+def add_to(commands: Any) -> None:
+    """Add this command to those of the parser."""
+    parser = commands.add_parser(
+        "show",
+        help="report on a mask and draw it",
+        description="Compile a mask, report what was decided, and draw its blocks.",
+    )
+    add_mask_arguments(parser)
+    parser.add_argument("--heads", type=positive, help="query heads; needed if the mask reads h")
+    parser.add_argument("--batch", type=positive, help="batch rows; needed if the mask reads b")
+    parser.set_defaults(command=show)
+
+
+def add_mask_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that say which mask is meant, and at which lengths."""
+    parser.add_argument("mask", metavar="MASK", help=MASK_HELP)
+    parser.add_argument(
+        "--len", type=positive, required=True, help="keys, in tokens", dest="kv_len"
+    )
+    parser.add_argument("--q-len", type=positive, help="queries, in tokens (default: as many)")
+    parser.add_argument("--block-size", type=positive, default=128, help="tokens (default: 128)")
+
+
+def compiled_from(args: argparse.Namespace, device: str = "cpu") -> CompiledMask:
+    """The mask of the command line, compiled."""
+    mask = read_mask(args.mask)
+    return compile_mask(
+        mask,
+        args.q_len or args.kv_len,
+        args.kv_len,
+        batch=args.batch if "b" in mask.variables else None,
+        n_heads=args.heads if "h" in mask.variables else None,
+        device=device,
+        block_size=args.block_size,
+    )
+
+
+def show(args: argparse.Namespace) -> int:
+    """Print the report and the picture of a mask."""
+    compiled = compiled_from(args)
+    print(compiled)
+    print()
+    print(picture(compiled, Ink.of(sys.stdout)))
+    return 0

@@ -1,0 +1,177 @@
+"""create_block_mask: torch's signature and torch's result, without an [Q_LEN, KV_LEN] tensor."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import flex_attention as torch_flex
+from torch.nn.attention.flex_attention import BlockMask
+
+from flexsparse.blocks import block_mask, write_kept_blocks
+from flexsparse.classify import BlockClasses, Grid, Rectangles, classify
+from flexsparse.errors import MaskError
+from flexsparse.expr import Mask
+from flexsparse.lower import lower
+from flexsparse.trace import from_mask_mod
+from flexsparse.validate import needs_int64, problem
+
+FULL_LISTS = ("full_kv_num_blocks", "full_kv_indices", "full_q_num_blocks", "full_q_indices")
+LISTS = ("kv_num_blocks", "kv_indices", "q_num_blocks", "q_indices", *FULL_LISTS)
+
+
+def create_block_mask(
+    mask_mod: Callable[..., Tensor],
+    B: int | None,  # noqa: N803
+    H: int | None,  # noqa: N803
+    Q_LEN: int,  # noqa: N803
+    KV_LEN: int,  # noqa: N803
+    device: torch.device | str | None = None,
+    BLOCK_SIZE: int | tuple[int, int] = 128,  # noqa: N803
+    _compile: bool = False,
+    separate_full_blocks: bool = True,
+    compute_dq_write_order: bool = False,
+    dq_kv_order: bool = True,
+    **newer: Any,
+) -> BlockMask:
+    """The BlockMask that torch's create_block_mask makes, entry for entry, in milliseconds.
+
+    One difference, on purpose: a mask that reads h with H=None (or b with B=None) is an error here,
+    where torch takes the blocks of head 0 for all heads.
+
+    Args:
+        mask_mod: a mask_mod function, or a Mask.
+        B: batch rows; None where the mask is the same for all.
+        H: query heads; None where the mask is the same for all.
+        Q_LEN: queries, in tokens.
+        KV_LEN: keys, in tokens.
+        device: of the lists; the accelerator by default, or else the CPU.
+        BLOCK_SIZE: tokens of a block, or (of queries, of keys).
+        _compile: accepted and ignored; nothing here needs compiling.
+        separate_full_blocks: whether full blocks have lists of their own.
+        compute_dq_write_order: as in torch, for its deterministic FLASH backward.
+        dq_kv_order: as in torch.
+        newer: other arguments of the installed torch, at their default.
+    """
+    _known_by_torch(newer, compute_dq_write_order)
+    for name, n in (("B", B), ("H", H), ("Q_LEN", Q_LEN), ("KV_LEN", KV_LEN)):
+        optional = name in ("B", "H")
+        if not (n is None and optional) and (not _is_int(n) or n < 1):  # type: ignore[operator]
+            raise MaskError(
+                f"{name}={n!r}; it must be an int of 1 or more{', or None' * optional}."
+            )
+    if not isinstance(dq_kv_order, bool):
+        raise MaskError(f"dq_kv_order={dq_kv_order!r}; it must be a bool.")
+    place = _device(device)
+    mask = from_mask_mod(mask_mod, device=place)
+    for variable, name, n, what in (
+        ("h", "H", H, "query heads"),
+        ("b", "B", B, "batch rows"),
+    ):
+        if n is None and variable in mask.variables:
+            raise MaskError(
+                f"The mask reads {variable} and {name}=None: its blocks differ between {what}. "
+                f"Give {name}=the number of {what}. (torch would use those of number 0 for all.)"
+            )
+    blocks = (BLOCK_SIZE, BLOCK_SIZE) if isinstance(BLOCK_SIZE, int) else tuple(BLOCK_SIZE)
+    if len(blocks) != 2 or not all(_is_int(n) and n > 0 for n in blocks):
+        raise MaskError(f"BLOCK_SIZE={BLOCK_SIZE!r}; it must be an int of 1 or more, or a pair.")
+    planes = (B or 1, H or 1)
+    grid = Grid(
+        Q_LEN,
+        KV_LEN,
+        0,
+        blocks,
+        planes[0] if "b" in mask.variables else 1,
+        tuple(range(planes[1])) if "h" in mask.variables else (0,),
+    )
+    reason = problem(mask, grid, place)
+    if reason is not None:
+        raise MaskError(reason)
+    classes = classify(mask, grid)
+    if not separate_full_blocks:
+        classes = _all_partial(classes)
+    kept = write_kept_blocks(classes, place)
+    result = block_mask(grid, kept, _element_mask_mod(mask, mask_mod, grid, place))
+    _spread(result, planes)
+    if not separate_full_blocks:
+        for name in FULL_LISTS:
+            setattr(result, name, None)
+    if compute_dq_write_order:
+        _write_dq_order(result, dq_kv_order)
+    return result
+
+
+def _is_int(n: Any) -> bool:
+    return isinstance(n, int) and not isinstance(n, bool)
+
+
+def _known_by_torch(newer: dict[str, Any], compute_dq_write_order: bool) -> None:
+    known = inspect.signature(torch_flex.create_block_mask).parameters
+    for name, value in newer.items():
+        if name not in known:
+            raise MaskError(
+                f"create_block_mask got {name}={value!r}; torch {torch.__version__} knows no such "
+                f"argument. It has {', '.join(known)}."
+            )
+        if value != known[name].default:
+            raise MaskError(
+                f"create_block_mask got {name}={value!r}, an argument of torch {torch.__version__} "
+                "that flexsparse does not know. Leave it out, or use torch's create_block_mask."
+            )
+    if compute_dq_write_order and "compute_dq_write_order" not in known:
+        raise MaskError(
+            f"compute_dq_write_order=True needs a newer torch than {torch.__version__}."
+        )
+
+
+def _device(device: torch.device | str | None) -> torch.device:
+    if device is None:
+        device = torch.accelerator.current_accelerator() or "cpu"
+    try:
+        # "cuda" becomes "cuda:0", which is what tensors there report
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise MaskError(f"device={device!r} cannot be used here: {error}") from None
+
+
+def _all_partial(classes: BlockClasses) -> BlockClasses:
+    """The same blocks, where the mask_mod is to be applied to full ones too."""
+    parts = zip(classes.partial, classes.full, strict=True)
+    none = Rectangles(*(x[:0] for x in classes.full))
+    return classes._replace(partial=Rectangles(*(torch.cat(x) for x in parts)), full=none)
+
+
+def _spread(result: BlockMask, planes: tuple[int, int]) -> None:
+    """Give the lists all batch rows and heads; those that share lists share their memory."""
+    rows, columns = result.kv_num_blocks.shape[2], result.q_num_blocks.shape[2]  # type: ignore[union-attr]
+    for name in LISTS:
+        lists = getattr(result, name)
+        if name.endswith("indices"):
+            # a compact list is never of width 1, and that of a single block is
+            lists = lists[..., : rows if "q_" in name else columns]
+        setattr(result, name, lists.expand(*planes, *lists.shape[2:]))
+
+
+def _element_mask_mod(
+    mask: Mask, mask_mod: Callable[..., Tensor], grid: Grid, device: torch.device
+) -> Callable[..., Tensor]:
+    """The mask_mod of the BlockMask: lowered, so that another window size is no other kernel.
+
+    The function itself where the mask holds what that function would compute anew each time.
+    """
+    computed = any(table.is_copy for table in mask.tables)
+    if not isinstance(mask_mod, Mask) and (computed or mask.opaque_operators):
+        return mask_mod
+    return lower(mask, device, wide=needs_int64(mask, grid))
+
+
+def _write_dq_order(result: BlockMask, dq_kv_order: bool) -> None:
+    """What torch's create_block_mask adds for compute_dq_write_order=True."""
+    compute: Any = torch_flex._compute_dq_write_order_from_block_mask
+    result.dq_write_order, result.dq_write_order_full = compute(result, dq_kv_order=dq_kv_order)
+    result.dq_kv_order = None
+    result.dq_kv_order_spt = dq_kv_order

@@ -1,0 +1,123 @@
+"""Dropout as a mask: whether a weight is kept is a function of (seed, b, h, q_idx, kv_idx) alone.
+
+Nothing is stored and no generator advances, so every executor, forward and backward, sees the same
+mask. The bits come from two rounds of a 32-bit mixing hash, in plain integer arithmetic on tensors:
+
+    key1, key2 = absorb(seed, b, h, q_idx)       once per query row, 64 bits together
+    kept       = mix(kv_idx + key1; key2) >= dropout_p * 2^31
+
+Integer width: int64, in which no product overflows (the multipliers are below 2^31 and the values
+below 2^32). `is_kept` casts what it is given, so the int32 indices of a flex kernel are fine.
+Constants: hash-prospector's best two-round 32-bit hash (C. Wellons, public domain).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from flexsparse.errors import MaskError
+
+WORD = 0xFFFFFFFF
+MULTIPLY = (0x21F0AAAD, 0x735A2D97)
+# the two halves of a key differ by where they start; digits of pi
+START = (0x243F6A88, 0x13198A2E)
+OUTCOMES = 1 << 31  # a weight is compared as a 31-bit number, which fits every signed width
+
+
+def is_kept(
+    seed: int | Tensor,
+    dropout_p: float,
+    b: int | Tensor,
+    h: int | Tensor,
+    q_idx: Tensor,
+    kv_idx: Tensor,
+    *,
+    width: torch.dtype = torch.int64,
+) -> Tensor:
+    """Whether dropout keeps the weight at (b, h, q_idx, kv_idx): True with chance 1 - dropout_p.
+
+    Args:
+        seed: 64 bits; as a 0-d int64 tensor, a new seed recompiles nothing.
+        dropout_p: the chance of False, in [0, 1), to the nearest 2^-31.
+        b: batch row; all four are absolute indices below 2^32, which broadcast.
+        h: query head.
+        q_idx: row of q.
+        kv_idx: row of k.
+        width: int64, or int32 (3 x faster, the same bits) where arithmetic is known to wrap, as it
+            is in eager torch and in Triton but not in C++.
+    """
+    key1, key2 = row_keys(seed, b, h, q_idx)
+    if width == torch.int64:
+        column = kv_idx.to(torch.int64)
+    else:
+        key1, key2, column = (_as_int32(x) for x in (key1, key2, kv_idx.to(torch.int64)))
+    x = _mix(_word(column + key1), key2)
+    return ((x >> 1) & (OUTCOMES - 1)) >= round(dropout_p * OUTCOMES)
+
+
+def dropout_mask_mod(seed: int | Tensor, dropout_p: float) -> Callable[..., Tensor]:
+    """`is_kept` as a FlexAttention mask_mod (b, h, q_idx, kv_idx) -> bool.
+
+    Used as a mask it drops scores, not weights: the softmax is then over what is left. For dropout
+    on weights, divide by the softmax of the undropped scores: out = sum(kept * p * v) / (1 - p).
+    """
+    refuse_bad_dropout(dropout_p)
+
+    def kept(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return is_kept(seed, dropout_p, b, h, q_idx, kv_idx)
+
+    return kept
+
+
+def refuse_bad_dropout(dropout_p: float) -> None:
+    """Raise MaskError unless dropout_p is in [0, 1)."""
+    if not 0 <= dropout_p < 1:
+        raise MaskError(
+            f"dropout_p={dropout_p} is not a chance to drop a weight. Use 0 <= dropout_p < 1; "
+            "0 is no dropout."
+        )
+
+
+def fresh_seed() -> int:
+    """A seed drawn from torch's default generator, so that torch.manual_seed decides it."""
+    return int(torch.randint(1 << 62, ()).item())
+
+
+def row_keys(
+    seed: int | Tensor, b: int | Tensor, h: int | Tensor, q_idx: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Two 32-bit keys of each query row, int64: all that matters of an index besides kv_idx."""
+    if isinstance(seed, Tensor):
+        seed = seed.to(torch.int64)
+    words = [x.to(torch.int64) if isinstance(x, Tensor) else x for x in (b, h, q_idx)]
+    zero = torch.zeros_like(q_idx, dtype=torch.int64)
+    key1, key2 = zero + START[0], zero + START[1]
+    for word in (seed & WORD, (seed >> 32) & WORD, *words):
+        key1 = _mix(key1 ^ (word & WORD), zero)
+        key2 = _mix(key2 ^ (word & WORD), zero)
+    return key1, key2
+
+
+def _mix(x: Tensor, key: Tensor) -> Tensor:
+    """A hash of one 32-bit word in which every bit of x moves every bit; key enters half-way.
+
+    Written so that int64 (values kept below 2^32) and wrapping int32 give the same bits: a right
+    shift is followed by the mask that makes it unsigned.
+    """
+    x = x ^ ((x >> 16) & 0xFFFF)
+    x = _word(x * MULTIPLY[0])
+    x = x ^ ((x >> 15) & 0x1FFFF) ^ key
+    x = _word(x * MULTIPLY[1])
+    return x ^ ((x >> 15) & 0x1FFFF)
+
+
+def _word(x: Tensor) -> Tensor:
+    # int32 wraps by itself
+    return x & WORD if x.dtype == torch.int64 else x
+
+
+def _as_int32(x: Tensor) -> Tensor:
+    return ((x & WORD ^ OUTCOMES) - OUTCOMES).to(torch.int32)

@@ -1,0 +1,313 @@
+"""Attention over block lists in plain PyTorch: any device, any dtype, with gradients.
+
+    s = q k^T * scale      p = softmax(score_mod(s) where kept)      out = (p dropped) v
+
+Only kept blocks are computed. Lines of blocks of one length are done together, in batches small
+enough for the cache; long lines are merged piece by piece by their running maximum. The backward
+recomputes p from the lse, so memory is O(length) plus one batch. Everything is computed in float32
+(float64 for float64 inputs). Inside, scores are powers of 2: exp2 is several times faster than exp.
+Gradients of k and v are added up by index_add_, whose order is not fixed on CUDA unless
+torch.use_deterministic_algorithms is on. There is no second derivative.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.attention.flex_attention import BlockMask, noop_mask
+
+from flexsparse import dropout
+from flexsparse.errors import ExecutorError, MaskError
+from flexsparse.executors.modifiers import LOG2_E, LOWEST, Call, captured_by
+from flexsparse.executors.schedule import Sizes
+
+Mod = Callable[..., Tensor]
+
+LARGEST_BLOCK = 1 << 24  # scores
+
+
+def run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_mask: BlockMask,
+    *,
+    mask_mod: Mod | None = None,
+    scale: float | None = None,
+    score_mod: Mod | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    return_lse: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention over the blocks that block_mask lists, and its LSE or None; differentiable, both.
+
+    Args:
+        q: [B, n_heads, q_len, D].
+        k: [B, n_kv_heads, kv_len, D]; query head h reads kv head h // (n_heads / n_kv_heads).
+        v: [B, n_kv_heads, kv_len, Dv].
+        block_mask: lists for B or 1 batch rows and n_heads or 1 heads.
+        mask_mod: what is kept inside PARTIAL blocks, of raw indices; block_mask's by default.
+        scale: of the scores; 1 / sqrt(D) by default.
+        score_mod: as in FlexAttention; tensors that it captures receive gradients too.
+        dropout_p: the chance to drop a weight, in [0, 1); kept ones are divided by 1 - dropout_p.
+        seed: of the dropout, 64 bits; drawn from torch's generator by default.
+        return_lse: give the LSE of the undropped softmax: float32, natural log, -inf where a row
+            keeps nothing (and out is 0).
+    """
+    refuse_mistakes(q, k, v, block_mask)
+    dropout.refuse_bad_dropout(dropout_p)
+    reason = unsupported(q, k, v, block_mask.BLOCK_SIZE)
+    if reason is not None:
+        raise ExecutorError(f'executor="blockwise" cannot run this call: {reason}.')
+    if seed is None:
+        seed = dropout.fresh_seed() if dropout_p else 0
+    mask_mod = block_mask.mask_mod if mask_mod is None else mask_mod
+    lengths = zip(block_mask.BLOCK_SIZE, (q.shape[2], k.shape[2]), strict=True)
+    block_q, block_kv = (min(block, max(length, 1)) for block, length in lengths)
+    call = Call(
+        block_mask=block_mask,
+        sizes=Sizes(
+            batch=q.shape[0],
+            n_heads=q.shape[1],
+            n_kv_heads=k.shape[1],
+            q_len=q.shape[2],
+            kv_len=k.shape[2],
+            block=(block_q, block_kv),
+            mask_batch=block_mask.kv_num_blocks.shape[0],
+            mask_heads=block_mask.kv_num_blocks.shape[1],
+        ),
+        scale=q.shape[3] ** -0.5 if scale is None else scale,
+        mask_mod=None if mask_mod is noop_mask else mask_mod,
+        score_mod=score_mod,
+        dropout_p=dropout_p,
+        seed=seed,
+    )
+    captured = captured_by(score_mod, q) if score_mod and torch.is_grad_enabled() else []
+    out, lse = _Blockwise.apply(call, q, k, v, *captured)  # type: ignore[no-untyped-call]
+    return out, lse.float() if return_lse else None
+
+
+def unsupported(
+    q: Tensor, k: Tensor, v: Tensor, block_size: tuple[int, int]
+) -> str | None:
+    """Why this executor cannot run these inputs, as a sentence, or None if it can."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            return f"{name} is {x.dtype}; it takes float16, bfloat16, float32 or float64"
+        if x.is_nested or x.layout != torch.strided:
+            return f"{name} is not a plain strided tensor; pad it, or pack it and use varlen"
+        if x.is_meta:
+            return f"{name} has no data (device meta)"
+    block_q, block_kv = block_size
+    scores = min(block_q, q.shape[2]) * min(block_kv, k.shape[2])
+    if scores > LARGEST_BLOCK:
+        return (
+            f"one block of {block_q} x {block_kv} has {scores} scores, more than the "
+            f"{LARGEST_BLOCK} it holds at once; compile the mask with block_size=128"
+        )
+    return None
+
+
+def refuse_mistakes(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask) -> None:
+    """Raise MaskError unless q, k, v and block_mask fit each other."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 4:
+            raise MaskError(f"{name} has shape {list(x.shape)}; give [batch, heads, length, D].")
+        if x.dtype != q.dtype:
+            raise MaskError(f"{name} is {x.dtype} but q is {q.dtype}; cast them to one dtype.")
+        if x.device != q.device:
+            raise MaskError(f"{name} is on {x.device} but q is on {q.device}; move it there.")
+        if x.shape[0] != q.shape[0]:
+            raise MaskError(
+                f"{name} has {x.shape[0]} batch rows but q has {q.shape[0]}; expand it."
+            )
+    if k.shape[:3] != v.shape[:3]:
+        raise MaskError(
+            f"k is {list(k.shape)} and v {list(v.shape)}; only the last sizes may differ."
+        )
+    if q.shape[3] != k.shape[3]:
+        raise MaskError(f"q has head_dim {q.shape[3]} but k has {k.shape[3]}; they must be equal.")
+    if not k.shape[1] or q.shape[1] % k.shape[1]:
+        raise MaskError(
+            f"q has {q.shape[1]} heads and k has {k.shape[1]}; n_heads must be a multiple of "
+            "n_kv_heads."
+        )
+    lists = block_mask.kv_num_blocks
+    if lists.device != q.device:
+        raise MaskError(f"block_mask is on {lists.device} but q is on {q.device}; move it there.")
+    if lists.shape[0] not in (1, q.shape[0]) or lists.shape[1] not in (1, q.shape[1]):
+        raise MaskError(
+            f"block_mask has {lists.shape[0]} batch rows and {lists.shape[1]} heads but q has "
+            f"{q.shape[0]} and {q.shape[1]}; each must be equal or 1."
+        )
+    for name, length, mask_len, block in zip(
+        "qk", (q.shape[2], k.shape[2]), block_mask.seq_lengths, block_mask.BLOCK_SIZE, strict=True
+    ):
+        if -(-length // block) != -(-mask_len // block):
+            raise MaskError(
+                f"{name} has length {length} but block_mask was made for {mask_len}; make it again "
+                f"for {length}."
+            )
+
+
+class _Scratch:
+    """Memory by name, used again by every batch: fresh pages cost more than the arithmetic."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self._device, self._dtype = device, dtype
+        self._flat: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, *shape: int) -> Tensor:
+        size = math.prod(shape)
+        if name not in self._flat or self._flat[name].numel() < size:
+            self._flat[name] = torch.empty(size, device=self._device, dtype=self._dtype)
+        return self._flat[name][:size].view(shape)
+
+    def take(self, name: str, blocks: Tensor, index: Tensor, entries: int) -> Tensor:
+        """blocks[index] in the working dtype, as [entries, tokens, D]."""
+        taken = self(name, len(index), *blocks.shape[1:])
+        if blocks.dtype == self._dtype:
+            torch.index_select(blocks, 0, index, out=taken)
+        else:
+            taken.copy_(blocks.index_select(0, index))
+        return taken.view(entries, -1, blocks.shape[2])
+
+
+class _Blockwise(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, call: Call, q: Tensor, k: Tensor, v: Tensor, *captured: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        block_q, block_kv = call.sizes.block
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        q_blocks = _blocks(q.to(dtype) * (call.scale * call.unit), block_q)
+        k_blocks, v_blocks = _blocks(k, block_kv), _blocks(v, block_kv)
+        per_row = (len(q_blocks), block_q)
+        out = q_blocks.new_zeros(*per_row, v.shape[3])
+        top = q_blocks.new_full((*per_row, 1), LOWEST)  # the maximum of a row's scores so far
+        mass = q_blocks.new_zeros(*per_row, 1)  # the sum of its exp2(score - top)
+        scratch = _Scratch(q.device, dtype)
+        for batch in call.batches(q.device):
+            at, entries = batch.at, len(batch.q_idx)
+            qs = scratch.take("q", q_blocks, at.q_block, entries)
+            ks = scratch.take("k", k_blocks, at.kv_block, entries)
+            vs = scratch.take("v", v_blocks, at.kv_block, entries)
+            flat = (entries, qs.shape[1], ks.shape[1])
+            s = torch.bmm(qs, ks.mT, out=scratch("s", *flat))
+            s = s.view(entries, -1, block_q, flat[2])
+            if call.score_mod is not None:
+                s = call.modify(s, batch) * LOG2_E
+            s = call.hide(s, batch)
+            new_top = s.amax(-1).clamp_(min=LOWEST).view(-1, block_q, 1)
+            if not batch.work.is_first:
+                old_top = top.index_select(0, at.q_block)
+                new_top = torch.maximum(new_top, old_top)
+            p = s.sub_(new_top.view(*s.shape[:3], 1)).exp2_()
+            new_mass = p.sum(-1).view(-1, block_q, 1)
+            if call.dropout_p:
+                p = p.mul_(call.kept(batch, dtype))
+            new_out = torch.bmm(p.reshape(flat), vs, out=scratch("o", *flat[:2], v.shape[3]))
+            new_out = new_out.view(-1, block_q, v.shape[3])
+            if not batch.work.is_first:
+                shrink = (old_top - new_top).exp2_()
+                new_mass.addcmul_(mass.index_select(0, at.q_block), shrink)
+                new_out.addcmul_(out.index_select(0, at.q_block), shrink)
+            top.index_copy_(0, at.q_block, new_top)
+            mass.index_copy_(0, at.q_block, new_mass)
+            out.index_copy_(0, at.q_block, new_out)
+        out.div_(mass.masked_fill(mass == 0, 1))
+        lse = torch.where(mass == 0, -torch.inf, top / LOG2_E + mass.log())
+        out, lse = _unblocks(out, q).to(q.dtype), _unblocks(lse, q).squeeze(-1)
+        ctx.call, ctx.captured = call, captured
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
+        call: Call = ctx.call
+        q, k, v, out, lse = ctx.saved_tensors
+        block_q, block_kv = call.sizes.block
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        q_blocks = _blocks(q.to(dtype) * (call.scale * call.unit), block_q)
+        k_blocks, v_blocks = _blocks(k, block_kv), _blocks(v, block_kv)
+        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+        # grad_s = p * (grad_p - delta)
+        delta = (grad_out.to(dtype) * out.to(dtype)).sum(-1, keepdim=True)
+        if grad_lse is not None:
+            delta = delta - grad_lse.unsqueeze(-1)
+        # p = exp2(s - level); 0 in rows that keep nothing or lie past the end
+        level = LOG2_E * lse.masked_fill(lse == -torch.inf, torch.inf).unsqueeze(-1)
+        o_blocks, delta = _blocks(grad_out, block_q), _blocks(delta, block_q)
+        level = _blocks(level, block_q, past_end=torch.inf)
+
+        grad_q = torch.zeros_like(q_blocks)
+        grad_k = torch.zeros_like(k_blocks, dtype=dtype)
+        grad_v = torch.zeros_like(v_blocks, dtype=dtype)
+        grad_captured = [torch.zeros_like(x) for x in ctx.captured]
+        scratch = _Scratch(q.device, dtype)
+        for batch in call.batches(q.device):
+            at, entries = batch.at, len(batch.q_idx)
+            qs = scratch.take("q", q_blocks, at.q_block, entries)
+            os = scratch.take("o", o_blocks, at.q_block, entries)
+            ks = scratch.take("k", k_blocks, at.kv_block, entries)
+            vs = scratch.take("v", v_blocks, at.kv_block, entries)
+            flat = (entries, qs.shape[1], ks.shape[1])
+            shape = (entries, flat[1] // block_q, block_q, flat[2])
+            s = torch.bmm(qs, ks.mT, out=scratch("s", *flat)).view(shape)
+            grad_s = torch.bmm(os, vs.mT, out=scratch("grad_s", *flat)).view(shape)
+            if call.score_mod is not None:
+                natural = s
+                with torch.enable_grad():
+                    modified = call.modify(natural.requires_grad_(), batch)
+                s = modified.detach() * LOG2_E
+            s = call.hide(s, batch)
+            p = s.sub_(level.index_select(0, at.q_block).view(*shape[:3], 1)).exp2_()
+            dropped = p
+            if call.dropout_p:
+                kept = call.kept(batch, dtype)
+                grad_s, dropped = grad_s.mul_(kept), kept.mul_(p)
+            grad_s.sub_(delta.index_select(0, at.q_block).view(*shape[:3], 1)).mul_(p)
+            grad_vs = torch.bmm(dropped.reshape(flat).mT, os, out=scratch("grad_v", *vs.shape))
+            _add_blocks(grad_v, at.kv_block, grad_vs)
+            if call.score_mod is not None:
+                grad_s, *grads = torch.autograd.grad(
+                    modified,
+                    [natural, *ctx.captured],
+                    grad_s.to(modified.dtype),
+                    allow_unused=True,
+                    materialize_grads=True,
+                )
+                for total, grad in zip(grad_captured, grads, strict=True):
+                    total += grad
+            grad_s = grad_s.reshape(flat)
+            _add_blocks(
+                grad_k, at.kv_block, torch.bmm(grad_s.mT, qs, out=scratch("grad_k", *ks.shape))
+            )
+            _add_blocks(grad_q, at.q_block, torch.bmm(grad_s, ks, out=scratch("grad_q", *qs.shape)))
+        grad_q = _unblocks(grad_q.mul_(call.scale), q).to(q.dtype)
+        grad_k = _unblocks(grad_k.div_(call.unit), k).to(k.dtype)
+        return None, grad_q, grad_k, _unblocks(grad_v, v).to(v.dtype), *grad_captured
+
+
+def _blocks(x: Tensor, block: int, past_end: float = 0.0) -> Tensor:
+    """[B, heads, length, D] -> contiguous [B * heads * blocks, block, D]."""
+    x = functional.pad(x, (0, 0, 0, -x.shape[2] % block), value=past_end)
+    return x.reshape(-1, block, x.shape[3])
+
+
+def _unblocks(blocks: Tensor, like: Tensor) -> Tensor:
+    """The inverse of `_blocks`, to the batch, heads and length of `like`."""
+    x = blocks.reshape(like.shape[0], like.shape[1], -1, blocks.shape[2])
+    return x[:, :, : like.shape[2]].contiguous()
+
+
+def _add_blocks(total: Tensor, index: Tensor, x: Tensor) -> None:
+    """total[index] += x, block by block; a block may come more than once."""
+    total.flatten(1).index_add_(0, index, x.reshape(len(index), -1))

@@ -1,0 +1,35 @@
+"""torch's scaled_dot_product_attention, for heads that see everything or everything before them.
+
+Its dense kernels (cuDNN, FlashAttention, CPU flash) are the fastest there are for these two masks.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from flexsparse.classify import Grid
+from flexsparse.expr import Mask, everything, kv_idx, q_idx
+
+CAUSAL = kv_idx <= q_idx
+
+
+def unsupported(
+    mask: Mask, grid: Grid, *, score_mod: object | None = None, return_lse: bool = False
+) -> str | None:
+    """Why scaled_dot_product_attention cannot run this mask, as a sentence, or None if it can."""
+    # torch's is_causal counts both positions from 0
+    if mask != everything and (mask != CAUSAL or grid.q_offset != 0):
+        return "the mask is neither full nor causal from position 0"
+    if score_mod is not None:
+        return "scaled_dot_product_attention takes no score_mod"
+    if return_lse:
+        return "scaled_dot_product_attention returns no LSE"
+    return None
+
+
+def run(q: Tensor, k: Tensor, v: Tensor, mask: Mask, *, scale: float | None = None) -> Tensor:
+    """Attention under a full or causal mask: [B, n_heads, q_len, Dv]."""
+    gqa = q.shape[1] != k.shape[1]
+    causal = mask != everything
+    return scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=gqa)

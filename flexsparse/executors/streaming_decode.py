@@ -1,0 +1,204 @@
+"""Few query rows against many keys: split over the keys, read from pages or from a plain tensor.
+
+With one query row per sequence there is no row of tiles to fill a GPU with, so the key tiles of a
+row are dealt to several programs and their results merged by log-sum-exp. All heads of a group and
+all rows share one tile of queries: each key is read once. The same kernel, unsplit, serves chunked
+prefill from pages. No gradients: nobody trains through a KV cache.
+"""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,import-untyped"
+# ruff: noqa: N803 - capitals are the habit for compile-time constants of a kernel
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from flexsparse.executors.streaming_kernels import (
+    FAR,
+    LN2,
+    LOWEST,
+    forward_tile,
+    key_tile,
+    load_rows,
+    needs_mask,
+    schedule,
+    store_rows,
+)
+
+DECODE_ROWS = 64  # up to this many rows (query rows x heads of a group) splitting pays
+DECODE_PROGRAMS = 264  # splits are made up to so many: two a multiprocessor of an H200
+MIN_SPLIT = 256  # keys: a smaller part costs more to merge than to read
+ROWS = (16, 32, 64)
+
+
+@triton.jit(do_not_specialize=["q_len", "kv_len", "n_splits", "n_pages"])
+def streaming_decode_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, sink, window, q_offset, page_table, kv_lens,
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
+    stride_vb, stride_vh, stride_vn,
+    n_heads, group_size, q_len, kv_len, n_splits, n_pages, qk_scale, cap,
+    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_KV: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """Write out and lse of BLOCK_ROWS (row, head) pairs over one part of their key tiles.
+
+    Pair r is query row r // group_size of head r % group_size of one kv head's group.
+    """
+    split = tl.program_id(1)
+    n_kv_heads = n_heads // group_size
+    batch = tl.program_id(2) // n_kv_heads
+    kv_head = tl.program_id(2) % n_kv_heads
+    if kv_lens is not None:
+        kv_len = tl.load(kv_lens + batch)
+    offset = kv_len - q_len
+    if q_offset is not None:
+        offset = tl.load(q_offset + batch)
+    r0 = tl.program_id(0) * BLOCK_ROWS
+    r = r0 + tl.arange(0, BLOCK_ROWS)
+    row = r // group_size  # [BLOCK_ROWS]
+    head = kv_head * group_size + r % group_size
+    valid = row < q_len
+    p = row + offset
+    s = tl.load(sink + head)
+    w = tl.load(window + head)
+    s_min, w_min = tl.min(s), tl.min(w)
+    s_max, w_max = tl.minimum(tl.max(s), kv_len), tl.minimum(tl.max(w), FAR)
+    p_lo = r0 // group_size + offset
+    p_hi = tl.minimum((r0 + BLOCK_ROWS - 1) // group_size, q_len - 1) + offset
+    n_sink, n_tiles, win_lo, sink_hi, kv_hi, _ = schedule(
+        p_lo, p_hi, s_max, w_max, kv_len, BLOCK_KV, 0
+    )
+
+    batch64 = batch.to(tl.int64)
+    k_ptr += kv_head.to(tl.int64) * stride_kh
+    v_ptr += kv_head.to(tl.int64) * stride_vh
+    q_offsets = batch64 * stride_qb + head.to(tl.int64) * stride_qh + row.to(tl.int64) * stride_qn
+    q = load_rows(q_ptr, q_offsets, valid, HEAD_DIM, BLOCK_D)  # [BLOCK_ROWS, HEAD_DIM]
+    m = tl.full([BLOCK_ROWS], LOWEST, tl.float32)
+    norm = tl.zeros([BLOCK_ROWS], tl.float32)
+    acc = tl.zeros([BLOCK_ROWS, BLOCK_DV], tl.float32)
+    per_split = (n_tiles + n_splits - 1) // n_splits
+    for i in range(split * per_split, tl.minimum((split + 1) * per_split, n_tiles)):
+        start, limit = key_tile(i, n_sink, win_lo, sink_hi, kv_hi, BLOCK_KV)
+        kv = start + tl.arange(0, BLOCK_KV)  # [BLOCK_KV]
+        if PAGE_SIZE > 0:
+            entry = batch64 * n_pages + kv // PAGE_SIZE
+            page = tl.load(page_table + entry, mask=kv < limit, other=0).to(tl.int64)
+            slot = (kv % PAGE_SIZE).to(tl.int64)
+            k_offset = page * stride_kb + slot * stride_kn
+            v_offset = page * stride_vb + slot * stride_vn
+        else:
+            k_offset = batch64 * stride_kb + kv.to(tl.int64) * stride_kn
+            v_offset = batch64 * stride_vb + kv.to(tl.int64) * stride_vn
+        masked = needs_mask(start, start + BLOCK_KV, limit, p_lo, p_hi, s_min, w_min)
+        m, norm, acc = forward_tile(
+            q, k_ptr, v_ptr, k_offset, v_offset, kv, limit, masked, p, s, w, m, norm, acc,
+            qk_scale, cap, HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, SOFTCAP,
+        )  # fmt: skip
+
+    empty = norm == 0.0
+    acc = acc / tl.where(empty, 1.0, norm)[:, None]
+    lse = tl.where(empty, float("-inf"), (m + tl.log2(norm)) * LN2)
+    n_batch = tl.num_programs(2) // n_kv_heads
+    at = ((split * n_batch + batch) * n_heads + head).to(tl.int64) * q_len + row
+    store_rows(out_ptr, at * V_DIM, valid, acc, V_DIM, BLOCK_DV)
+    tl.store(lse_ptr + at, lse, mask=valid)
+
+
+@triton.jit(do_not_specialize=["n_splits", "n_rows"])
+def streaming_merge_kernel(
+    part_ptr, part_lse_ptr, out_ptr, lse_ptr, n_splits, n_rows,
+    V_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, MAX_SPLITS: tl.constexpr,
+):  # fmt: skip
+    """One row's parts weighted by exp(lse): parts without a key have lse -inf and weigh nothing."""
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, MAX_SPLITS)
+    valid = i < n_splits
+    at = i.to(tl.int64) * n_rows + row  # [MAX_SPLITS]
+    part_lse = tl.load(part_lse_ptr + at, mask=valid, other=float("-inf"))
+    top = tl.maximum(tl.max(part_lse), LOWEST)
+    weight = tl.exp(part_lse - top)  # [MAX_SPLITS]
+    total = tl.sum(weight)
+    parts = load_rows(part_ptr, at * V_DIM, valid, V_DIM, BLOCK_DV)  # [MAX_SPLITS, V_DIM]
+    out = tl.sum(parts * weight[:, None], 0) / tl.where(total == 0.0, 1.0, total)
+    d = tl.arange(0, BLOCK_DV)
+    tl.store(out_ptr + row * V_DIM + d, out.to(out_ptr.dtype.element_ty), mask=d < V_DIM)
+    tl.store(lse_ptr + row, tl.where(total == 0.0, float("-inf"), top + tl.log(total)))
+
+
+def splits_for(programs: int, max_keys: int) -> int:
+    """How many parts to cut each row's keys into: enough programs for the device, none tiny."""
+    wanted = triton.cdiv(DECODE_PROGRAMS, programs)
+    return int(max(1, min(wanted, triton.cdiv(max_keys, MIN_SPLIT), 64)))
+
+
+def tile_for(rows: int, widest: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Keys in a tile and warps, the largest that spill no registers on sm_80, sm_90 and sm_100."""
+    if dtype == torch.float32:
+        return 32, 4
+    if widest <= 128:
+        return 64, 4
+    return (64, 8) if rows == 64 else (32, 4)
+
+
+@torch.library.custom_op("flexsparse::streaming_decode", mutates_args=())
+def streaming_decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sink: Tensor,
+    window: Tensor,
+    q_offset: Tensor | None,
+    page_table: Tensor | None,
+    kv_lens: Tensor | None,
+    scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    """Launch the decode kernel and, where keys were split, the merge: out, lse."""
+    out = torch.empty((*q.shape[:3], v.shape[-1]), dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    if out.numel() == 0:
+        return out, lse
+    batch, n_heads, q_len, d = q.shape
+    n_kv_heads, dv = k.shape[1], v.shape[-1]
+    group_size = n_heads // n_kv_heads
+    rows = next((n for n in ROWS if q_len * group_size <= n), ROWS[-1])
+    n_tiles = triton.cdiv(q_len * group_size, rows)
+    n_pages = 0 if page_table is None else page_table.shape[1]
+    page_size = 0 if page_table is None else k.shape[2]
+    max_keys = k.shape[2] if page_table is None else n_pages * page_size
+    n_splits = splits_for(n_tiles * batch * n_kv_heads, max_keys)
+    part, part_lse = out, lse
+    if n_splits > 1:
+        part = torch.empty((n_splits, *out.shape), dtype=torch.float32, device=q.device)
+        part_lse = torch.empty((n_splits, *lse.shape), dtype=torch.float32, device=q.device)
+    factors = (scale / softcap, softcap) if softcap > 0 else (scale * math.log2(math.e), 0.0)
+    block_dv = triton.next_power_of_2(dv)
+    block_kv, warps = tile_for(rows, max(d, dv), q.dtype)
+    with torch.cuda.device_of(q):
+        streaming_decode_kernel[(n_tiles, n_splits, batch * n_kv_heads)](
+            q, k, v, part, part_lse, sink, window, q_offset, page_table, kv_lens,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], n_heads, group_size, q_len,
+            k.shape[2], n_splits, n_pages, *factors, HEAD_DIM=d, V_DIM=dv,
+            BLOCK_D=triton.next_power_of_2(d), BLOCK_DV=block_dv, BLOCK_ROWS=rows,
+            BLOCK_KV=block_kv, PAGE_SIZE=page_size, SOFTCAP=softcap > 0, num_warps=warps,
+            num_stages=2,
+        )  # fmt: skip
+        if n_splits > 1:
+            streaming_merge_kernel[(lse.numel(),)](
+                part, part_lse, out, lse, n_splits, lse.numel(), V_DIM=dv, BLOCK_DV=block_dv,
+                MAX_SPLITS=triton.next_power_of_2(n_splits), num_warps=4,
+            )  # fmt: skip
+    return out, lse
+
+
+@streaming_decode.register_fake
+def _(q, k, v, sink, window, q_offset, page_table, kv_lens, scale, softcap):
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    return q.new_empty((*q.shape[:3], v.shape[-1])), lse

@@ -1,0 +1,75 @@
+"""Stand-ins for tensors that depend on an index: shapes, dtypes and devices without values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from flexsparse.arrays import broadcast_shape
+from flexsparse.errors import MaskError
+
+
+class ValueNeededError(Exception):
+    """The mask_mod asked for the value of what depends on an index."""
+
+
+class ReadsEntries(TorchFunctionMode):
+    """table[q_idx] reads an entry, where q_idx would else be asked for its value; as in torch."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.__getitem__:
+            table, index = args
+            indices = list(index) if isinstance(index, (tuple, list)) else [index]
+            if all(isinstance(x, (Tensor, int)) and not isinstance(x, bool) for x in indices):
+                places = [
+                    x if isinstance(x, Tensor) else torch.tensor(x, device=table.device)
+                    for x in indices
+                ]
+                return torch.ops.aten.index.Tensor(table, places)
+        return func(*args, **(kwargs or {}))
+
+
+class StandIn(Tensor):
+    """Stands for a tensor that depends on an index: it has a shape, a dtype and a device."""
+
+    meta: Tensor
+
+    @staticmethod
+    def __new__(cls, meta: Tensor, device: torch.device) -> StandIn:
+        """A stand-in, on any device, for what a tensor without memory describes."""
+        made: StandIn = Tensor._make_wrapper_subclass(
+            cls, meta.shape, dtype=meta.dtype, device=device
+        )
+        made.meta = meta
+        return made
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        raise MaskError("It was used after the mask_mod that was traced had returned.")
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"traced({self.dtype}, {tuple(self.shape)})"
+
+
+def indexed(table: Tensor, indices: list[Tensor | None]) -> Tensor:
+    """The shape that table[indices] has; torch's own rule would import its compiler to tell."""
+    chosen = [i for i, x in enumerate(indices) if x is not None]
+    given = [x for x in indices if x is not None]
+    if len(indices) > table.dim():
+        raise IndexError(f"{len(indices)} indices for a tensor of {table.dim()} dimensions")
+    if any(x.dtype in (torch.bool, torch.uint8) for x in given):
+        raise ValueNeededError
+    if any(x.is_floating_point() for x in given):
+        raise IndexError(f"tensors used as indices must be integers, not {given[0].dtype}")
+    inside = broadcast_shape([tuple(x.shape) for x in given])
+    first = chosen[0] if chosen == list(range(chosen[0], chosen[-1] + 1)) else 0
+    rest = [n for i, n in enumerate(table.shape) if i not in chosen]
+    shape = (*rest[:first], *inside, *rest[first:])
+    return torch.empty(shape, dtype=table.dtype, device="meta")

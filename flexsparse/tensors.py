@@ -1,0 +1,166 @@
+"""What expressions mean on tensors: the exact reading, and the tables and functions it reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Table:
+    """A tensor read by `lookup`: compared by content, and watched for in-place changes.
+
+    Args:
+        tensor: what is read; kept, not copied.
+        origins: the tensors it was computed from, watched with it.
+    """
+
+    def __init__(self, tensor: Tensor, origins: tuple[Table, ...] = ()) -> None:
+        self.tensor = tensor
+        self.origins = origins
+        self._version = self._current_version()
+
+    def _current_version(self) -> int | None:
+        # inference tensors do not count their versions
+        return None if self.tensor.is_inference() else self.tensor._version
+
+    @property
+    def changed(self) -> bool:
+        """Whether the tensor was written to after the expression was made."""
+        if self._current_version() != self._version:
+            return True
+        return any(origin.changed for origin in self.origins)
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether it was computed from other tensors, and so will not follow them."""
+        memory = self.tensor.untyped_storage().data_ptr()
+        return any(x.tensor.untyped_storage().data_ptr() != memory for x in self.origins)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Table):
+            return NotImplemented
+        a, b = self.tensor, other.tensor
+        if a is b:
+            return True
+        alike = a.dtype == b.dtype and a.shape == b.shape and a.device == b.device
+        return alike and torch.equal(a, b)
+
+    def __hash__(self) -> int:
+        return hash((self.tensor.dtype, self.tensor.shape))
+
+    def __repr__(self) -> str:
+        dtype = str(self.tensor.dtype).removeprefix("torch.")
+        if not self.tensor.dim():
+            return f"{dtype}({self.tensor.item()})"
+        return f"{dtype}[{', '.join(map(str, self.tensor.shape))}]"
+
+
+class Number(NamedTuple):
+    """A floating-point constant of a dtype."""
+
+    value: float
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return repr(self.value)
+
+
+@dataclass(frozen=True)
+class Opaque:
+    """An operator the analysis has no rule for: exact when called, unknown to intervals.
+
+    name: of the operator, 'aten.sin'
+    dtype: of the result
+    key: what it computes, so that equal functions are equal
+    tables: the tensors it reads
+    is_elementwise: whether kernels can compile it: not a sum, a sort or the like
+    call: the function, of tensors that broadcast
+    """
+
+    name: str
+    dtype: torch.dtype
+    key: Any
+    tables: tuple[Table, ...]
+    is_elementwise: bool
+    call: Callable[..., Tensor] = field(compare=False)
+
+
+def _lookup(table: Table, *indices: Any) -> Tensor:
+    places = tuple(torch.as_tensor(i, device=table.tensor.device) for i in indices)
+    entries = table.tensor[places] if places else table.tensor
+    # arithmetic on narrow integers would wrap round
+    narrow = entries.dtype != torch.bool and not entries.is_floating_point()
+    return entries.long() if narrow else entries
+
+
+def _extremum(
+    tensor_op: Callable[..., Tensor], number_op: Callable[..., Any]
+) -> Callable[..., Any]:
+    def apply(a: Any, b: Any) -> Any:
+        tensors = [x for x in (a, b) if isinstance(x, Tensor)]
+        if not tensors:
+            return number_op(a, b)
+        a, b = (torch.as_tensor(x, device=tensors[0].device) for x in (a, b))
+        return tensor_op(a, b)
+
+    return apply
+
+
+def _where(condition: Any, yes: Any, no: Any) -> Any:
+    if isinstance(condition, Tensor):
+        return torch.where(condition, yes, no)
+    return yes if condition else no
+
+
+def _cast(dtype: torch.dtype, x: Any) -> Tensor:
+    return torch.as_tensor(x).to(dtype)
+
+
+def _through_integers(dtype: torch.dtype, x: Any) -> Tensor:
+    return _cast(dtype, x).long()
+
+
+def _opaque(payload: Opaque, *operands: Any) -> Tensor:
+    result = payload.call(*operands)
+    narrow = result.dtype != torch.bool and not result.is_floating_point()
+    return result.long() if narrow else result
+
+
+# what the operators mean on tensors (and on plain numbers): the exact reading
+TENSOR_READING: dict[str, Callable[..., Any]] = {
+    "const": lambda value: value,
+    "lookup": _lookup,
+    "+": lambda a, b: a + b,
+    "-": lambda a, b: a - b,
+    "*": lambda a, b: a * b,
+    "//": lambda a, b: a // b,
+    "%": lambda a, b: a % b,
+    "abs": abs,
+    "minimum": _extremum(torch.minimum, min),
+    "maximum": _extremum(torch.maximum, max),
+    "where": _where,
+    "bit_and": lambda a, b: a & b,
+    "bit_or": lambda a, b: a | b,
+    "bit_xor": lambda a, b: a ^ b,
+    "<": lambda a, b: a < b,
+    "<=": lambda a, b: a <= b,
+    "==": lambda a, b: a == b,
+    "&": lambda a, b: a & b,
+    "|": lambda a, b: a | b,
+    "^": lambda a, b: a ^ b,
+    "~": lambda a: (not a) if isinstance(a, bool) else ~a,
+    # what only traced mask_mods hold: fixed-width integers, floats, and operators without a rule
+    "narrow": _through_integers,
+    "number": lambda number: torch.tensor(number.value, dtype=number.dtype),
+    "float": _cast,
+    "truncate": _through_integers,
+    "/": lambda a, b: a / b,
+    "sqrt": torch.sqrt,
+    "floor": torch.floor,
+    "ceil": torch.ceil,
+    "opaque": _opaque,
+}

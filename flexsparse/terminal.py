@@ -1,0 +1,176 @@
+"""A mask as a picture in characters: its blocks pooled to the terminal, or its elements."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from typing import NamedTuple, TextIO
+
+import torch
+from torch import Tensor
+
+from flexsparse.classify import BlockClasses, Grid, Rectangles
+from flexsparse.compiler import CompiledMask
+from flexsparse.expr import Mask
+
+ELEMENTS_UP_TO = 64  # tokens; shorter masks are drawn element by element
+MOST_COLUMNS = 64
+MOST_ROWS = 48
+RECTANGLES_AT_ONCE = 1 << 15
+
+
+class Ink(NamedTuple):
+    """How the three states look: a character each, and the codes of its colour or ''."""
+
+    empty: str
+    partial: str
+    full: str
+    colours: tuple[str, str, str]
+
+    @classmethod
+    def of(cls, stream: TextIO) -> Ink:
+        """Blocks and colour where the stream has them; NO_COLOR and pipes get plain characters."""
+        try:
+            "·▒█│┌┐└┘─".encode(stream.encoding or "ascii")
+            glyphs = ("·", "▒", "█")
+        except (UnicodeEncodeError, LookupError):
+            glyphs = (".", "+", "#")
+        plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+        colour = stream.isatty() and not plain
+        return cls(*glyphs, ("\033[2m", "\033[33m", "\033[36m") if colour else ("", "", ""))
+
+    def paint(self, states: list[int]) -> str:
+        """A line of states 0 (empty), 1 (partial) and 2 (full), coloured in runs."""
+        glyphs = (self.empty, self.partial, self.full)
+        line, last = "", 0
+        for i in range(1, len(states) + 1):
+            if i == len(states) or states[i] != states[last]:
+                state = states[last]
+                colour = self.colours[state]
+                line += colour + glyphs[state] * (i - last) + ("\033[0m" if colour else "")
+                last = i
+        return line
+
+
+def picture(compiled: CompiledMask, ink: Ink, width: int | None = None) -> str:
+    """The mask of the first head and batch row, with a legend.
+
+    Up to 64 tokens each character is an element; beyond that it is a pool of blocks, and a pool
+    with any computed block shows.
+
+    Args:
+        compiled: the mask at its lengths.
+        ink: from `Ink.of(sys.stdout)`.
+        width: of the terminal, in characters; asked of it by default.
+    """
+    width = shutil.get_terminal_size().columns if width is None else width
+    classes = compiled.launches[0].classes
+    if max(compiled.q_len, compiled.kv_len) <= ELEMENTS_UP_TO:
+        kept = elements(compiled.masks[0], classes.grid)
+        legend = [
+            f"{ink.paint([2])} kept   {ink.paint([0])} masked   "
+            f"{int(kept.sum()):,} of {kept.numel():,} elements kept ({kept.double().mean():.1%})"
+        ]
+        states = kept.int() * 2
+    else:
+        rows, columns = _shape(classes.grid, width - 2)
+        states = pooled_states(classes, rows, columns)
+        legend = _block_legend(classes, rows, columns, ink)
+    repeat = 2 if states.shape[1] * 2 <= min(width - 2, MOST_COLUMNS) else 1
+    frame = _frame(states.repeat_interleave(repeat, 1), compiled, ink)
+    if classes.grid.planes > 1:
+        legend.append("The picture is of head 0 in batch row 0; others may differ.")
+    return "\n".join([*frame, *legend])
+
+
+def elements(mask: Mask, grid: Grid) -> Tensor:
+    """bool[q_len, kv_len]: which elements a mask keeps in head 0 of batch row 0."""
+    device = next((table.tensor.device for table in mask.tables), torch.device("cpu"))
+    q_idx = torch.arange(grid.q_len, device=device)[:, None] + grid.q_offset
+    kv_idx = torch.arange(grid.kv_len, device=device)[None]
+    zero = torch.zeros((), dtype=torch.int64, device=device)
+    kept: Tensor = mask(zero, zero, q_idx, kv_idx)
+    return kept.expand(grid.q_len, grid.kv_len).cpu()
+
+
+def pooled_states(classes: BlockClasses, rows: int, columns: int) -> Tensor:
+    """int[rows, columns]: 0 where a pool has no computed block, 2 where all are FULL, 1 between.
+
+    The pools part the blocks of the first plane as evenly as whole blocks can be.
+    """
+    grid = classes.grid
+    row_edges = torch.arange(rows + 1) * grid.rows // rows
+    column_edges = torch.arange(columns + 1) * grid.columns // columns
+    full = _blocks_in_pools(classes.full, row_edges, column_edges)
+    partial = _blocks_in_pools(classes.partial, row_edges, column_edges)
+    size = row_edges.diff()[:, None] * column_edges.diff()
+    return (full + partial > 0).int() + (full == size).int()
+
+
+def _blocks_in_pools(rectangles: Rectangles, row_edges: Tensor, column_edges: Tensor) -> Tensor:
+    """How many blocks of the rectangles lie in each pool: no grid of blocks is made."""
+    total = torch.zeros(len(row_edges) - 1, len(column_edges) - 1, dtype=torch.float64)
+    first = Rectangles(*(x[rectangles.plane == 0] for x in rectangles))
+    for start in range(0, len(first.plane), RECTANGLES_AT_ONCE):
+        part = Rectangles(*(x[start : start + RECTANGLES_AT_ONCE] for x in first))
+        high = _overlap(part.row0, part.row1, row_edges)
+        wide = _overlap(part.column0, part.column1, column_edges)
+        total += high.T @ wide
+    return total.long()
+
+
+def _overlap(start: Tensor, end: Tensor, edges: Tensor) -> Tensor:
+    """float64[intervals, pools]: the length that each interval has in each pool."""
+    low = torch.maximum(start[:, None], edges[:-1])
+    high = torch.minimum(end[:, None], edges[1:])
+    return (high - low).clamp(min=0).double()
+
+
+def _shape(grid: Grid, width: int) -> tuple[int, int]:
+    """(rows, columns) of pools, such that a square mask looks square: characters are 1 x 2."""
+    columns = max(1, min(grid.columns, width, MOST_COLUMNS))
+    drawn = columns * 2 if columns * 2 <= min(width, MOST_COLUMNS) else columns
+    rows = round(drawn / 2 * grid.q_len / grid.kv_len)
+    return max(1, min(grid.rows, rows, MOST_ROWS)), columns
+
+
+def _frame(states: Tensor, compiled: CompiledMask, ink: Ink) -> list[str]:
+    """The lines of a picture in a box, with the first and last key and query at its edges."""
+    fancy = ink.full != "#"
+    top_left, top_right, low_left, low_right, bar, side = "┌┐└┘─│" if fancy else "++++-|"
+    columns = states.shape[1]
+    first, last = "keys 0", f"{compiled.kv_len - 1:,}"
+    gap = max(1, columns + 2 - len(first) - len(last))
+    lines = [first + " " * gap + last, top_left + bar * columns + top_right]
+    for row, line in enumerate(states.tolist()):
+        note = " query 0" if row == 0 else ""
+        if row == len(states) - 1 and row:
+            note = f" query {compiled.q_len - 1:,}"
+        lines.append(side + ink.paint(line) + side + note)
+    return [*lines, low_left + bar * columns + low_right]
+
+
+def _block_legend(classes: BlockClasses, rows: int, columns: int, ink: Ink) -> list[str]:
+    grid = classes.grid
+    q_block, kv_block = grid.block_size
+    full, partial = (
+        int((x.row1 - x.row0).mul(x.column1 - x.column0)[x.plane == 0].sum())
+        for x in (classes.full, classes.partial)
+    )
+    every = grid.rows * grid.columns
+    if (rows, columns) == (grid.rows, grid.columns):
+        meanings = ("full: no element masked", "partial: masked inside", "empty: skipped")
+        scale = f"One cell is a block of {q_block} queries x {kv_block} keys."
+    else:
+        meanings = ("all its blocks full", "some computed", "none computed")
+        scale = (
+            f"One cell pools about {grid.rows / rows:.0f} x {grid.columns / columns:.0f} blocks "
+            f"of {q_block} queries x {kv_block} keys."
+        )
+    key = "   ".join(f"{ink.paint([2 - i])} {meaning}" for i, meaning in enumerate(meanings))
+    return [
+        key,
+        scale,
+        f"{full + partial:,} of {every:,} blocks computed ({(full + partial) / every:.2%}): "
+        f"{full:,} full, {partial:,} partial; {every - full - partial:,} skipped.",
+    ]

@@ -1,0 +1,83 @@
+"""The arguments that patterns take: checked, each broken rule a MaskError, and read as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexsparse import Index, Mask, MaskError, lookup
+
+
+def is_int(value: object) -> bool:
+    """Whether a value is an int and not a bool."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def at_least(name: str, least: int, /, **values: object) -> None:
+    """Refuse what is not an int of `least` or more."""
+    for argument, value in values.items():
+        if not is_int(value) or value < least:  # type: ignore[operator]
+            raise MaskError(
+                f"{name}({argument}={value!r}): {argument} must be an int of {least} or more."
+            )
+
+
+def sizes(name: str, argument: str, value: int | Sequence[int], n_axes: int = 0) -> tuple[int, ...]:
+    """A size for each axis, as a tuple of ints of 1 or more; an int stands for all n_axes."""
+    axes = tuple(value) if isinstance(value, Sequence) else (value,) * max(n_axes, 1)
+    if not axes or not all(is_int(n) and n >= 1 for n in axes):
+        raise MaskError(
+            f"{name}({argument}={value!r}): {argument} must be an int of 1 or more, or one for "
+            "each axis."
+        )
+    if n_axes and len(axes) != n_axes:
+        raise MaskError(
+            f"{name}({argument}={value!r}): {argument} has {len(axes)} axes and the tokens have "
+            f"{n_axes}; give one number, or one for each axis."
+        )
+    return axes
+
+
+def one_of(name: str, argument: str, value: object, allowed: Sequence[str]) -> None:
+    """Refuse a word that is not in a list."""
+    if value not in allowed:
+        words = ", ".join(map(repr, allowed))
+        raise MaskError(f"{name}({argument}={value!r}): {argument} must be one of {words}.")
+
+
+def tensor_of(name: str, argument: str, value: Any, kind: str, dims: dict[int, str]) -> None:
+    """Refuse what is not a tensor of a kind ('boolean', 'integer') and of an allowed shape.
+
+    Args:
+        name: the pattern.
+        argument: the name of the tensor.
+        value: what was given.
+        kind: 'boolean', 'integer', or 'boolean or integer'.
+        dims: each number of dimensions allowed, with its shape in words: {1: "[tokens]"}.
+    """
+    shapes = list(dims.values())
+    text = shapes[0] if len(shapes) == 1 else f"{', '.join(shapes[:-1])} or {shapes[-1]}"
+    if isinstance(value, Tensor):
+        is_number = value.is_floating_point() or value.is_complex()
+        found = "number" if is_number else "boolean" if value.dtype == torch.bool else "integer"
+        if found in kind and value.dim() in dims:
+            return
+        shown = f"{value.dtype} {tuple(value.shape)}"
+    else:
+        shown = f"{type(value).__name__}: {value!r}"
+    raise MaskError(f"{name} got {argument} = {shown}; it must be a {kind} tensor {text}.")
+
+
+def number(table: Tensor, *indices: Index) -> Index:
+    """An entry of an integer table."""
+    entry: Index = lookup(table, *indices)
+    return entry
+
+
+def flag(table: Tensor, *indices: Index) -> Mask:
+    """An entry of a boolean table."""
+    entry: Mask = lookup(table, *indices)
+    return entry

@@ -1,0 +1,176 @@
+"""Every pattern of flexsparse.masks: its picture, rule, block lists, text and errors."""
+
+import ast
+import inspect
+import re
+from pathlib import Path
+
+import pattern_rules
+import pytest
+import torch
+from oracles import assert_same_lists
+from pattern_errors import ERRORS
+from pattern_pictures import PICTURES
+from pattern_rules import CASES, Case, dense, heads_of
+from torch.nn.attention.flex_attention import create_block_mask
+
+import flexsparse
+import flexsparse.masks as library
+from flexsparse import Mask, MaskError, PerHead, compile_mask, parse, per_head
+
+BOOLEAN = ("block_sparse", "kept_keys", "qk_sparse")
+INTEGER = (
+    "clusters",
+    "hash_sparse",
+    "packed",
+    "padding",
+    "same_document",
+    "shared_prefix",
+    "vertical_slash",
+    "vertical_slash_blocks",
+)
+
+
+def taking_lists(name):
+    """A pattern that takes lists where it takes tensors."""
+    dtype = {**dict.fromkeys(BOOLEAN, torch.bool), **dict.fromkeys(INTEGER, torch.int32)}.get(name)
+    build = getattr(library, name)
+    if name == "block_sparse_attention":
+        return lambda types, info, table, *rest: build(
+            types, info, torch.tensor(table, dtype=torch.bool), *rest
+        )
+    if dtype is None:
+        return build
+    return lambda *args: build(
+        *[torch.tensor(a, dtype=dtype) if isinstance(a, list) else a for a in args]
+    )
+
+
+def draw(caption):
+    """The picture of 'call, rows x columns[ blocks of n]', heads side by side."""
+    call, rows, columns, step = re.fullmatch(
+        r"(.*), (\d+) x (\d+)(?: blocks of (\d+))?", caption
+    ).groups()
+    rows, columns, step = int(rows), int(columns), int(step or 1)
+    masks = eval(call, {name: taking_lists(name) for name in library.__all__})
+    pictures = []
+    for mask in heads_of(masks):
+        kept = dense(mask, Case(None, None, None, rows * step, columns * step))[0, 0]
+        kept = kept.unflatten(1, (columns, step)).unflatten(0, (rows, step)).any(3).any(1)
+        pictures.append(["".join(".#"[x] for x in row) for row in kept.int().tolist()])
+    return "\n".join(" ".join(row) for row in zip(*pictures, strict=True))
+
+
+@pytest.mark.parametrize("caption", PICTURES)
+def test_a_pattern_looks_like_its_picture(caption):
+    assert draw(caption) == inspect.cleandoc(PICTURES[caption])
+
+
+PATTERNS = [n for n in library.__all__ if not isinstance(getattr(library, n), Mask)]
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_the_docstring_shows_the_picture(name):
+    caption, picture = shown_picture(inspect.getdoc(getattr(library, name)))
+    assert picture == inspect.cleandoc(PICTURES[caption])
+
+
+def shown_picture(doc):
+    """The caption of a docstring and the picture that begins on its line or below it."""
+    caption = r"(?:^|\s{3,})(\S(?:(?!\s{3}).)*?, (\d+) x \d+(?: blocks of \d+)?):(\s+[#.][#. ]*)?$"
+    lines = doc.splitlines()
+    line, found = next(
+        (i, re.search(caption, x)) for i, x in enumerate(lines) if re.search(caption, x)
+    )
+    first = line if found[3] else line + 1
+    rows = [
+        re.search(r"(?:^|\s{2,})([#.][#. ]*)$", x) for x in lines[first : first + int(found[2])]
+    ]
+    return found[1], "\n".join(row[1] if row else "?" for row in rows)
+
+
+def test_every_pattern_has_a_picture():
+    text = " ".join(PICTURES)
+    assert [name for name in library.__all__ if not re.search(rf"\b{name}\b", text)] == []
+
+
+@pytest.mark.parametrize("at", CASES, ids=lambda c: f"{c.name}-{c.q_len}x{c.kv_len}+{c.q_offset}")
+def test_a_pattern_follows_its_rule(at):
+    kept = dense(at.mask, at).tolist()
+    expected = [
+        [
+            [
+                [bool(at.rule(b, h, q + at.q_offset, k)) for k in range(at.kv_len)]
+                for q in range(at.q_len)
+            ]
+            for h in range(at.n_heads)
+        ]
+        for b in range(at.batch)
+    ]
+    assert kept == expected
+
+
+def test_every_pattern_has_a_rule():
+    source = inspect.getsource(pattern_rules)
+    assert [n for n in library.__all__ if not re.search(rf"case\(\s*(\S.*\W)?{n}\b", source)] == []
+
+
+ONE_OF_EACH = {at.name: at for at in CASES}.values()
+
+
+@pytest.mark.parametrize("at", ONE_OF_EACH, ids=lambda c: c.name)
+def test_block_lists_are_torch_s(at):
+    # a ragged shape, blocks small enough for all three classes to occur
+    q_len, kv_len, block = 70, 93, 16
+    masks = per_head(at.mask) if isinstance(at.mask, list) else at.mask
+    together = masks.mask(torch.device("cpu")) if isinstance(masks, PerHead) else masks
+    n_heads = at.n_heads if "h" in together.variables else None
+    batch = at.batch if "b" in together.variables else None
+    compiled = compile_mask(
+        masks, q_len, kv_len, batch=batch, n_heads=n_heads, q_offset=at.q_offset, block_size=block
+    )
+
+    def mask_mod(b, h, q, kv):
+        return together(b, h, q + at.q_offset, kv)
+
+    theirs = create_block_mask(
+        mask_mod, batch, n_heads, q_len, kv_len, device="cpu", BLOCK_SIZE=block
+    )
+    assert_same_lists(compiled.block_mask, theirs)
+
+
+WITHOUT_TENSORS = {mask.name: mask for at in CASES for mask in heads_of(at.mask) if not mask.tables}
+
+
+@pytest.mark.parametrize("mask", WITHOUT_TENSORS.values(), ids=WITHOUT_TENSORS)
+def test_text_reads_back(mask):
+    assert parse(str(mask)) == mask
+    assert parse(mask.name, vars(library)) == mask
+
+
+@pytest.mark.parametrize(("build", "message"), ERRORS, ids=[message for _, message in ERRORS])
+def test_a_bad_argument_says_what_to_write(build, message):
+    with pytest.raises(MaskError, match=message):
+        build()
+
+
+def test_masks_import_only_public_names():
+    public = set(flexsparse.__all__)
+    for path in Path(library.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                assert not [a for a in node.names if a.name.startswith("flexsparse")], path
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("flexsparse"):
+                assert node.module.startswith("flexsparse.masks") or node.module == "flexsparse", (
+                    path
+                )
+                if node.module == "flexsparse":
+                    assert {a.name for a in node.names} <= public, path
+            if isinstance(node, ast.ImportFrom):
+                assert node.level == 0, path
+
+
+def test_the_namespace_lists_every_pattern():
+    public = {name for name, value in vars(library).items() if not name.startswith("_")}
+    modules = {name for name in public if inspect.ismodule(getattr(library, name))}
+    assert public - modules == set(library.__all__)

@@ -1,0 +1,147 @@
+"""Every tile size compiles for its GPU, without one: no register spills, shared memory that fits.
+
+The host code is run on small CPU tensors with its kernels replaced by recorders; what it would have
+launched is then compiled by triton and ptxas for the architecture and read back with cuobjdump.
+"""
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="the streaming kernels are written in Triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("under the interpreter there is nothing to compile", allow_module_level=True)
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from flexsparse.executors import streaming, streaming_decode, streaming_kernels  # noqa: E402
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program may ask for
+POINTERS = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+}
+
+
+class Recorder:
+    """Stands in for a kernel: keeps the arguments of a launch instead of launching."""
+
+    def __init__(self, kernel, launches):
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid):
+        return lambda *args, **kwargs: self.launches.append((self.kernel, args, kwargs))
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    recorded = []
+    for module in (streaming_kernels, streaming_decode):
+        for name in [n for n in vars(module) if re.fullmatch(r"streaming_\w+_kernel", n)]:
+            monkeypatch.setattr(module, name, Recorder(getattr(module, name), recorded))
+    return recorded
+
+
+def compiled(kernel, args, kwargs, arch):
+    """The kernel as this launch would have it, specialised as triton's launcher does."""
+    options = {name: kwargs[name] for name in ("num_warps", "num_stages") if name in kwargs}
+    given = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        x = given[parameter.name]
+        fixed = parameter.do_not_specialize
+        if parameter.is_constexpr or x is None or (isinstance(x, int) and x == 1 and not fixed):
+            signature[parameter.name], constants[(i,)] = "constexpr", x
+        elif isinstance(x, float):
+            signature[parameter.name] = "fp32"
+        else:
+            is_tensor = isinstance(x, torch.Tensor)
+            signature[parameter.name] = POINTERS[x.dtype] if is_tensor else "i32"
+            if is_tensor or (x % 16 == 0 and not fixed):
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def resources(binary, folder):
+    """Registers, and bytes of stack (spills) per thread."""
+    path = folder / "kernel.cubin"
+    path.write_bytes(binary.asm["cubin"])
+    text = subprocess.run(
+        [str(CUOBJDUMP), "-res-usage", str(path)], capture_output=True, text=True, check=True
+    ).stdout
+    return {key: int(re.search(rf"{key}:(\d+)", text)[1]) for key in ("REG", "STACK", "LOCAL")}
+
+
+def tensors(d, dv, group_size, dtype, q_len=128):
+    q = torch.zeros(1, 4, q_len, d, dtype=dtype)
+    k = torch.zeros(1, 4 // group_size, 128, d, dtype=dtype)
+    v = torch.zeros(1, 4 // group_size, 128, dv, dtype=dtype)
+    return q, k, v, torch.zeros(4, dtype=torch.int32), torch.zeros(4, dtype=torch.int32)
+
+
+def check(launches, arch, folder):
+    assert launches
+    for kernel, args, kwargs in launches:
+        binary = compiled(kernel, args, kwargs, arch)
+        used = resources(binary, folder)
+        shared = binary.metadata.shared
+        what = f"{kernel.__name__} on sm_{arch} with {kwargs}: {used}, {shared} bytes"
+        assert used["STACK"] + used["LOCAL"] == 0, f"spills registers: {what}"
+        assert shared <= SHARED_MEMORY[arch], f"does not fit: {what}"
+        # a wgmma has 64 rows; the key tiles of dkdv at the largest head_dims are smaller
+        products = kwargs.get("BLOCK_Q", 0) * kwargs.get("PACK", 0) or kwargs.get("BLOCK_KV", 0)
+        if arch == 90 and products >= 64 and "decode" not in kernel.__name__:
+            assert "wgmma.mma_async" in binary.asm["ptx"], f"no wgmma: {what}"
+
+
+slow = pytest.mark.slow
+ARCHES = [pytest.param(80, marks=slow), 90, pytest.param(100, marks=slow)]
+
+# d, dv, heads of a group, packed sequences, soft-cap: the last two need the most registers
+CASES = [
+    (64, 64, 1, True, 5.0),
+    (64, 64, 4, True, 5.0),
+    (128, 128, 1, False, 0.0),
+    (128, 128, 1, True, 5.0),
+    (128, 128, 4, True, 5.0),
+    (192, 128, 4, False, 0.0),
+    (256, 256, 1, True, 5.0),
+    (256, 256, 4, True, 5.0),
+]
+
+
+@pytest.mark.parametrize(("d", "dv", "group_size", "packed", "softcap"), CASES)
+@pytest.mark.parametrize("arch", ARCHES)
+def test_every_tile_size_compiles_without_spills(
+    launches, monkeypatch, tmp_path, arch, d, dv, group_size, packed, softcap
+):
+    monkeypatch.setattr(streaming, "architecture", lambda device: arch)
+    monkeypatch.setattr(streaming, "MIN_CHUNK", 64)  # so that the partial dkdv launch happens
+    q, k, v, sink, window = tensors(d, dv, group_size, torch.bfloat16)
+    cu = torch.tensor([0, 128], dtype=torch.int32) if packed else None
+    rest = (sink, window, None, cu, cu, 0.1, softcap, 64)
+    out, lse = streaming.streaming_forward(q, k, v, *rest)
+    streaming.streaming_backward(out, lse, q, k, v, out, lse, *rest)
+    if group_size > 1 and d == dv:  # the dkdv kernel is the same for every group size
+        launches[:] = [x for x in launches if "dkdv" not in x[0].__name__]
+    check(launches, arch, tmp_path)
+
+
+@pytest.mark.parametrize("d", [128, 256])
+@pytest.mark.parametrize("arch", ARCHES)
+def test_decode_compiles_without_spills(launches, monkeypatch, tmp_path, arch, d):
+    monkeypatch.setattr(streaming_decode, "MIN_SPLIT", 16)
+    numbers = torch.zeros(1, 8, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    for q_len in (1, 16):
+        q, k, v, sink, window = tensors(d, d, 4, torch.bfloat16, q_len)
+        streaming_decode.streaming_decode(q, k, v, sink, window, None, *numbers, 0.1, 5.0)
+    check(launches, arch, tmp_path)
