@@ -72,6 +72,7 @@ class Peak:
         return self
 
     def watch(self) -> None:
+        """Keep the largest figure until told to stop."""
         while self.running:
             self.most = max(self.most, resident())
             time.sleep(0.0005)
@@ -85,7 +86,9 @@ class Peak:
 def bytes_of(block_mask) -> int:
     """Memory of the result: its storages, each once."""
     tensors = [x for x in block_mask.as_tuple() if isinstance(x, torch.Tensor)]
-    return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
+    return sum(
+        {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values()
+    )
 
 
 def measure(name: str, system: str, n: int) -> dict:
@@ -98,7 +101,9 @@ def measure(name: str, system: str, n: int) -> dict:
             return compile_mask(mask, n, n, device="cpu").block_mask
     else:
         mask_mod = mask.mask(torch.device("cpu")) if n_heads else mask
-        function = torch.compile(create_block_mask) if system == "torch compiled" else create_block_mask
+        function = (
+            torch.compile(create_block_mask) if system == "torch compiled" else create_block_mask
+        )
 
         def build():
             return function(mask_mod, None, n_heads, n, n, "cpu")
@@ -148,14 +153,18 @@ def jobs(quick: bool) -> list[tuple[str, str, int]]:
         for system, theirs in TORCH_LENGTHS.items():
             # 32 masks of 32K x 32K are 32 GiB in torch
             lengths += [(n, system) for n in theirs if not heads or n <= 8 * K]
-        found += [(name, system, n) for n, system in sorted(lengths) if n <= (16 * K if quick else n)]
+        found += [
+            (name, system, n) for n, system in sorted(lengths) if n <= (16 * K if quick else n)
+        ]
     return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="lengths up to 16K")
-    parser.add_argument("--row", nargs=3, metavar=("MASK", "SYSTEM", "TOKENS"), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--row", nargs=3, metavar=("MASK", "SYSTEM", "TOKENS"), help=argparse.SUPPRESS
+    )
     options = parser.parse_args()
     if options.row:
         name, system, n = options.row
@@ -171,7 +180,11 @@ def main() -> None:
         else:
             row = json.loads(done.stdout.splitlines()[-1])
         rows.append(row)
-        took = f"{row['seconds'] * 1e3:10.1f} ms {row['peak_bytes'] / 2**20:8.0f} MiB" if "seconds" in row else row["error"]
+        took = (
+            f"{row['seconds'] * 1e3:10.1f} ms {row['peak_bytes'] / 2**20:8.0f} MiB"
+            if "seconds" in row
+            else row["error"]
+        )
         print(f"{name:36} {system:15} {n:9,} {took}", flush=True)
     report = {
         "benchmark": "compile",
@@ -209,9 +222,17 @@ def plot(report: dict) -> None:
     }
     for ax, name in zip(axes.flat, MASKS, strict=False):
         for system, (color, marker) in styles.items():
-            rows = [r for r in report["rows"] if (r["mask"], r["system"]) == (name, system) and "seconds" in r]
+            rows = [
+                r
+                for r in report["rows"]
+                if (r["mask"], r["system"]) == (name, system) and "seconds" in r
+            ]
             ax.loglog(
-                [r["tokens"] for r in rows], [r["seconds"] * 1e3 for r in rows], marker=marker, color=color, label=system
+                [r["tokens"] for r in rows],
+                [r["seconds"] * 1e3 for r in rows],
+                marker=marker,
+                color=color,
+                label=system,
             )
         ax.set_title(name, fontsize=9)
         ax.grid(alpha=0.3)

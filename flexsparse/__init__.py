@@ -1,15 +1,22 @@
 """flexsparse: a mask compiler for FlexAttention.
 
-An attention pattern is an expression of q_idx and kv_idx; each head has its own; compile_mask proves
-which blocks it keeps and runs it.
+An attention pattern is an expression of q_idx and kv_idx; each head has its own; compile_mask
+proves which blocks it keeps and runs it.
 """
 
+from flexsparse.checks import Check, check
 from flexsparse.compiler import CompiledMask, compile_mask
+from flexsparse.difference import Difference, diff
+from flexsparse.drop_in import create_block_mask
 from flexsparse.errors import ExecutorError, MaskError
+from flexsparse.explanation import Explanation, explain
 from flexsparse.expr import (
     Index,
     Mask,
     b,
+    bit_and,
+    bit_or,
+    bit_xor,
     everything,
     h,
     kv_idx,
@@ -19,22 +26,35 @@ from flexsparse.expr import (
     nothing,
     pattern,
     q_idx,
+    where,
 )
 from flexsparse.heads import PerHead, per_head
 from flexsparse.text import parse
+from flexsparse.tracing import from_mask_mod
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Check",
     "CompiledMask",
+    "Difference",
     "ExecutorError",
+    "Explanation",
     "Index",
     "Mask",
     "MaskError",
     "PerHead",
     "b",
+    "bit_and",
+    "bit_or",
+    "bit_xor",
+    "check",
     "compile_mask",
+    "create_block_mask",
+    "diff",
     "everything",
+    "explain",
+    "from_mask_mod",
     "h",
     "kv_idx",
     "lookup",
@@ -45,4 +65,5 @@ __all__ = [
     "pattern",
     "per_head",
     "q_idx",
+    "where",
 ]

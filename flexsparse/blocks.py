@@ -85,7 +85,7 @@ def write_kept_blocks(
 def block_mask(
     grid: Grid, kept: KeptBlocks, mask_mod: Callable[..., Tensor], *, widen: bool = True
 ) -> BlockMask:
-    """torch's BlockMask of these lists, entry for entry what create_block_mask gives.
+    """Torch's BlockMask of these lists, entry for entry what create_block_mask gives.
 
     Args:
         grid: lengths and block size.
@@ -103,7 +103,7 @@ def block_mask(
     return BlockMask(
         seq_lengths=(grid.q_len, grid.kv_len),
         kv_num_blocks=kv.counts,
-        kv_indices=indices(kv, grid.columns),
+        kv_indices=kv.widened(grid.columns) if widen else kv.indices,
         full_kv_num_blocks=full_kv.counts,
         full_kv_indices=indices(full_kv, grid.columns),
         q_num_blocks=None if q is None else q.counts,

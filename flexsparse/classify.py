@@ -1,8 +1,8 @@
 """EMPTY, PARTIAL or FULL for every block of a mask, proved by hierarchical refinement.
 
-A cell is a square of blocks. All cells of one size are bounded at once; a cell that is everywhere
-true is FULL as a whole, one that is nowhere true is EMPTY, and the rest are split 4 x 4 until a cell
-is one block. A block that intervals leave undecided is settled by looking: at a few witnesses, then
+A cell is a square of blocks. Cells of one size are bounded at once; a cell that is everywhere true
+is FULL as a whole, one that is nowhere true is EMPTY, and the rest are split 4 x 4 until a cell is
+one block. A block that intervals leave undecided is settled by looking: at a few witnesses, then
 at every element. The cost follows the boundary of the mask, not its area.
 """
 
@@ -50,7 +50,7 @@ class Grid(NamedTuple):
 
 
 class Rectangles(NamedTuple):
-    """Rectangles of blocks, an entry each: rows row0 <= row < row1, columns column0 <= column < column1."""
+    """Rectangles of blocks: row0 <= row < row1 and column0 <= column < column1, an entry each."""
 
     plane: Tensor
     row0: Tensor
@@ -92,7 +92,9 @@ class BlockClasses(NamedTuple):
         return self.blocks / (self.grid.planes * self.grid.rows * self.grid.columns)
 
     @classmethod
-    def of_planes(cls, grid: Grid, parts: Sequence[tuple[BlockClasses, Sequence[int]]]) -> BlockClasses:
+    def of_planes(
+        cls, grid: Grid, parts: Sequence[tuple[BlockClasses, Sequence[int]]]
+    ) -> BlockClasses:
         """Classes of some heads each, put together for all heads and batch rows of a grid."""
 
         def spread(name: str) -> Rectangles:
@@ -124,7 +126,7 @@ def _on_planes(
 def classify(mask: Mask, grid: Grid) -> BlockClasses:
     """Prove, block by block, that a mask is everywhere false (EMPTY) or everywhere true (FULL).
 
-    Sound and complete: what intervals leave undecided is settled by witnesses or element by element.
+    Sound and complete: what intervals leave undecided is settled by witnesses or by every element.
     A ragged last block is at most PARTIAL, as in torch's create_block_mask.
     Cost: the boundary of the mask in blocks, times its steps; no [q_len, kv_len] tensor is made.
     """
@@ -141,7 +143,7 @@ def classify(mask: Mask, grid: Grid) -> BlockClasses:
     while stack:
         side, cells = stack.pop()
         if len(cells[0]) > CELLS_AT_ONCE:
-            chunks = zip(*(x.split(CELLS_AT_ONCE) for x in cells), strict=True)
+            chunks = zip(*(torch.split(x, CELLS_AT_ONCE) for x in cells), strict=True)
             stack += [(side, list(chunk)) for chunk in chunks]
             continue
         always, ever = _bound(mask, reading, grid, cells, side)
@@ -188,7 +190,8 @@ def _bound(
     plane, row, column = cells
     q, kv = (
         Interval(
-            place * (side * block) + offset, ((place + 1) * (side * block)).clamp(max=n) - 1 + offset
+            place * (side * block) + offset,
+            ((place + 1) * (side * block)).clamp(max=n) - 1 + offset,
         )
         for place, block, n, offset in (
             (row, grid.block_size[0], grid.q_len, grid.q_offset),
@@ -196,7 +199,12 @@ def _bound(
         )
     )
     b, h = _batch_and_head(grid, plane)
-    variables = {"b": Interval(b, b), "h": Interval(h, h), "q_idx": q, "kv_idx": kv}
+    variables: dict[str, Any] = {
+        "b": Interval(b, b),
+        "h": Interval(h, h),
+        "q_idx": q,
+        "kv_idx": kv,
+    }
     truth: Truth = evaluate(mask, variables, reading)
     always, ever = (torch.as_tensor(x).expand(plane.shape) for x in truth)
     return always, ever
@@ -217,11 +225,12 @@ def _split(grid: Grid, cells: list[Tensor], side: int) -> list[Tensor]:
     return [plane[:, None, None].expand_as(rows)[inside], rows[inside], columns[inside]]
 
 
-def _settle(
-    mask: Mask, grid: Grid, cells: list[Tensor]
-) -> tuple[list[Tensor], list[Tensor], int]:
-    """Decide single blocks by looking, at few places first: (those that are PARTIAL, those that are
-    FULL, how many were evaluated element by element)."""
+def _settle(mask: Mask, grid: Grid, cells: list[Tensor]) -> tuple[list[Tensor], list[Tensor], int]:
+    """Decide single blocks by looking, at few places first.
+
+    Returns:
+        Those that are PARTIAL, those that are FULL, and how many were evaluated element by element.
+    """
     q_all, kv_all = (torch.arange(n) for n in grid.block_size)
     q_few, kv_few = (torch.tensor(sorted({0, 1 % n, n // 2, n - 1})) for n in grid.block_size)
     # then the border, which every line, stripe or diagonal through the block crosses

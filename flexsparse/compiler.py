@@ -64,10 +64,13 @@ def compile_mask(
     launches = []
     for i, distinct in enumerate(masks.distinct):
         heads = masks.heads_of(i)
-        for variable, name, given in (("b", "batch", batch), ("h", "n_heads", len(heads) > 1 or n_heads)):
+        for variable, name, given in (
+            ("b", "batch", batch),
+            ("h", "n_heads", len(heads) > 1 or n_heads),
+        ):
             if variable in distinct.variables and not given:
                 raise MaskError(
-                    f"The mask reads {variable}, so its blocks differ: give {name}=... ({distinct.name})"
+                    f"The mask reads {variable}, so blocks differ: give {name}=... ({distinct})"
                 )
         grid = Grid(
             q_len,
@@ -134,8 +137,8 @@ class CompiledMask:
             k: [B, n_kv_heads, kv_len, D]; n_kv_heads divides n_heads (GQA).
             v: [B, n_kv_heads, kv_len, Dv].
             scale: of the scores; 1 / sqrt(D) by default.
-            score_mod: FlexAttention's, of (score, b, h, q_idx, kv_idx); q_idx is the position of the
-                query, q_offset included, and h the query head.
+            score_mod: FlexAttention's, of (score, b, h, q_idx, kv_idx); q_idx is the position of
+                the query, q_offset included, and h the query head.
             return_lse: also return the log of the sum of exponentials of each row's scores.
             executor: insist on "flex", "blockwise" or "reference"; by default flexsparse chooses.
 
@@ -155,7 +158,9 @@ class CompiledMask:
         if len(self.launches) == 1:
             out, lse = run(self.launches[0], q, k, v, score_mod=score_mod, **options)
             return (out, lse) if return_lse else out
-        outs, lses, order = [], [], []
+        outs: list[Tensor] = []
+        lses: list[Tensor] = []
+        order: list[int] = []
         for launch in self.launches:
             for heads, kv_heads in launch.parts(q.shape[1], k.shape[1]):
                 out, lse = run(
@@ -167,10 +172,51 @@ class CompiledMask:
                     **options,
                 )
                 outs.append(out)
-                lses.append(lse)
+                if lse is not None:
+                    lses.append(lse)
                 order.extend(heads)
         out = _in_head_order(outs, order)
         return (out, _in_head_order(lses, order)) if return_lse else out
+
+    def at(self, q_len: int, kv_len: int, q_offset: int | None = None) -> CompiledMask:
+        """The same mask for other lengths, through the same kernels: prefill in chunks, decoding.
+
+        Cost: the block analysis at the new lengths, milliseconds; no kernel is compiled again.
+
+        >>> chunk = attend.at(512, 2048)                # queries 1536 to 2047, all keys so far
+        >>> out = chunk(q[:, :, 1536:2048], k[:, :, :2048], v[:, :, :2048])
+
+        Args:
+            q_len: queries, in tokens.
+            kv_len: keys, in tokens.
+            q_offset: position of query row 0; kv_len - q_len by default.
+        """
+        return compile_mask(
+            self.masks,
+            q_len,
+            kv_len,
+            batch=self.batch,
+            n_heads=self.n_heads,
+            q_offset=q_offset,
+            device=self.device,
+            block_size=self.block_size,
+        )
+
+    def row(self, position: int) -> CompiledMask:
+        """One query, at a position, over all kv_len keys: a step of decoding.
+
+        Cost: the blocks of its row; no kernel is compiled again.
+
+        Keys keep their places, so k and v may be a cache of kv_len tokens that is still filling up,
+        if the mask hides what is not written yet, as causal does. For a cache that grows, take
+        at(1, position + 1).
+
+        >>> out = attend.row(700)(q[:, :, 700:701], k, v)  # attend(q, k, v)[:, :, 700:701]
+
+        Args:
+            position: of the query, in tokens.
+        """
+        return self.at(1, self.kv_len, position)
 
     @property
     def block_mask(self) -> BlockMask:
@@ -194,9 +240,7 @@ class CompiledMask:
             return self.launches[0].classes
         assert self.n_heads is not None
         batch = max(launch.classes.grid.batch for launch in self.launches)
-        grid = self.launches[0].classes.grid._replace(
-            batch=batch, heads=tuple(range(self.n_heads))
-        )
+        grid = self.launches[0].classes.grid._replace(batch=batch, heads=tuple(range(self.n_heads)))
         return BlockClasses.of_planes(
             grid, [(launch.classes, launch.heads or ()) for launch in self.launches]
         )
@@ -223,14 +267,18 @@ def _as_per_head(mask: Mask | PerHead, n_heads: int | None) -> PerHead:
         fix = "Call the pattern first, or make a Mask of a mask_mod function with from_mask_mod."
     else:
         fix = "Build one from q_idx and kv_idx, or take one from flexsparse.masks."
-    raise MaskError(f"compile_mask takes a Mask or per_head([...]), not {type(mask).__name__}. {fix}")
+    raise MaskError(
+        f"compile_mask takes a Mask or per_head([...]), not {type(mask).__name__}. {fix}"
+    )
 
 
 def _block_size(block_size: int | tuple[int, int]) -> tuple[int, int]:
     sizes = (block_size, block_size) if isinstance(block_size, int) else tuple(block_size)
-    if len(sizes) != 2 or any(not isinstance(n, int) or isinstance(n, bool) or n < 1 for n in sizes):
+    if len(sizes) != 2 or any(
+        not isinstance(n, int) or isinstance(n, bool) or n < 1 for n in sizes
+    ):
         raise MaskError(
-            f"block_size={block_size!r}; it must be an int of 1 or more, or a pair (of queries, of keys)."
+            f"block_size={block_size!r}; it must be an int of 1 or more, or (of queries, of keys)."
         )
     return sizes[0], sizes[1]
 

@@ -16,7 +16,7 @@ from flexsparse.classify import BlockClasses, Grid, Rectangles, classify
 from flexsparse.errors import MaskError
 from flexsparse.expr import Mask
 from flexsparse.lower import lower
-from flexsparse.trace import from_mask_mod
+from flexsparse.tracing import from_mask_mod
 from flexsparse.validate import needs_int64, problem
 
 FULL_LISTS = ("full_kv_num_blocks", "full_kv_indices", "full_q_num_blocks", "full_q_indices")

@@ -1,8 +1,8 @@
 """Index expressions and masks over them: the one definition every reading is made from.
 
-An expression is an immutable tree. It has no length, device or head count. `Expr.steps` flattens the
-tree to a list in which each distinct sub-expression stands once; equality, hashing and every reading
-(tensors, intervals, text, lowered code) walk that list, so none of them recurses.
+An expression is an immutable tree. It has no length, device or head count. `Expr.steps` flattens
+the tree to a list in which each distinct sub-expression stands once; equality, hashing and every
+reading (tensors, intervals, text, lowered code) walk lists, so none of them recurses.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,10 @@ from flexsparse.errors import MaskError
 from flexsparse.tensors import TENSOR_READING as TENSOR_READING
 from flexsparse.tensors import Opaque
 from flexsparse.tensors import Table as Table
+
+if TYPE_CHECKING:
+    from flexsparse.checks import Check
+    from flexsparse.explanation import Explanation
 
 VARIABLES = ("b", "h", "q_idx", "kv_idx")
 INT_LIMIT = 2**61  # constants beyond this could overflow int64 in the analysis
@@ -46,7 +50,7 @@ class Expr:
 
     @functools.cached_property
     def steps(self) -> tuple[Step, ...]:
-        """The expression as a list of distinct steps, operands first, the expression itself last."""
+        """The expression as a list of distinct steps, operands first, the whole of it last."""
         slots: dict[int, int] = {}
         numbered: dict[Step, int] = {}
         for node in postorder(self):
@@ -117,7 +121,7 @@ def postorder(root: Expr) -> Iterator[Expr]:
 def evaluate(
     expr: Expr, variables: Mapping[str, Value], reading: Mapping[str, Callable[..., Value]]
 ) -> Value:
-    """Read an expression: `reading` says what each operator means, `variables` what b, h, ... are."""
+    """Read an expression: `reading` says what operators mean, `variables` what b, h, ... are."""
     values: list[Value] = []
     for op, operands, payload, _ in expr.steps:
         if op in VARIABLES:
@@ -130,7 +134,7 @@ def evaluate(
 
 
 class Index(Expr):
-    """An integer per (b, h, q_idx, kv_idx): a variable, a constant, arithmetic, or a table's entry."""
+    """An integer per (b, h, q_idx, kv_idx): variable, constant, arithmetic or entry of a table."""
 
     def __add__(self, other: Index | int) -> Index:
         return Index("+", (self, as_index(other)))
@@ -233,6 +237,26 @@ class Mask(Expr):
         from flexsparse.text import named_text
 
         return named_text(self)
+
+    def check(
+        self,
+        q_len: int,
+        kv_len: int,
+        *,
+        batch: int | None = None,
+        n_heads: int | None = None,
+        q_offset: int | None = None,
+    ) -> Check:
+        """Look the mask over at given lengths: empty rows, unseen keys, tables, int32; print it."""
+        from flexsparse.checks import check
+
+        return check(self, q_len, kv_len, batch=batch, n_heads=n_heads, q_offset=q_offset)
+
+    def explain(self, q: int, kv: int, h: int = 0, b: int = 0) -> Explanation:
+        """Which terms keep or drop the pair of the query and the key at these positions."""
+        from flexsparse.explanation import explain
+
+        return explain(self, q, kv, h, b)
 
     def at(self, **variables: Index | int) -> Mask:
         """The same mask read at other positions: causal.at(q_idx=q_idx + 5) looks 5 keys ahead.
@@ -370,7 +394,7 @@ def lookup(table: Tensor, *indices: Index | int) -> Any:
     if table.dim() != len(indices) or table.dim() > 4:
         raise MaskError(
             f"lookup got {len(indices)} indices for a table of {table.dim()} dimensions "
-            f"{tuple(table.shape)}; give one index for each dimension, of which there may be 0 to 4."
+            f"{tuple(table.shape)}; give one index for each dimension, of which 0 to 4 may be."
         )
     if table.dim() and table.numel() == 0:
         raise MaskError(f"lookup got an empty table of shape {tuple(table.shape)}.")

@@ -70,9 +70,9 @@ def per_head(masks: Sequence[Mask]) -> PerHead:
     for head, mask in enumerate(masks):
         if not isinstance(mask, Mask):
             raise MaskError(
-                f"per_head got {type(mask).__name__} for head {head}: {mask!r}. Give a Mask for each "
-                "query head; call patterns that take arguments, and wrap a mask_mod function with "
-                "flexsparse.from_mask_mod."
+                f"per_head got {type(mask).__name__} for head {head}: {mask!r}. Give a Mask for "
+                "each query head; call patterns that take arguments, and wrap a mask_mod function "
+                "with flexsparse.from_mask_mod."
             )
     distinct = tuple(dict.fromkeys(masks))
     places = {mask: place for place, mask in enumerate(distinct)}
@@ -89,4 +89,3 @@ def head_ranges(heads: Sequence[int]) -> str:
             runs.append([head, head])
     text = ", ".join(f"{a}-{z}" if a < z else str(a) for a, z in runs)
     return f"head{'s' if len(heads) > 1 else ''} {text}"
-

@@ -20,8 +20,8 @@ def mismatch(compiled: CompiledMask, q: Tensor, k: Tensor, v: Tensor) -> str | N
             return f"{name} is {x.dtype} and q is {q.dtype}; give all three the same dtype."
         if x.device != compiled.device:
             return (
-                f"{name} is on {x.device} and this mask was compiled for {compiled.device}. Compile "
-                f"again with device={str(x.device)!r}, or move {name}."
+                f"{name} is on {x.device} and this mask was compiled for {compiled.device}. "
+                f"Compile again with device={str(x.device)!r}, or move {name}."
             )
         if x.shape[0] != q.shape[0]:
             return f"{name} has {x.shape[0]} batch rows and q has {q.shape[0]}; give them the same."
@@ -43,14 +43,18 @@ def mismatch(compiled: CompiledMask, q: Tensor, k: Tensor, v: Tensor) -> str | N
     if v.shape[1] != n_kv_heads:
         return f"k has {n_kv_heads} heads and v has {v.shape[1]}; they must have the same."
     if n_kv_heads == 0 or n_heads % n_kv_heads:
-        return f"q has {n_heads} heads, which is not a multiple of the {n_kv_heads} heads of k and v."
+        return (
+            f"q has {n_heads} heads, which is not a multiple of the {n_kv_heads} heads of k and v."
+        )
     if compiled.n_heads is not None and n_heads != compiled.n_heads:
         return (
             f"The mask has {compiled.n_heads} heads but q has {n_heads} query heads. Give one mask "
             f"per *query* head (not per kv head: n_kv_heads = {n_kv_heads})."
         )
     if compiled.batch is not None and q.shape[0] != compiled.batch:
-        return f"q has {q.shape[0]} batch rows but this mask was compiled for batch={compiled.batch}."
+        return (
+            f"q has {q.shape[0]} batch rows but this mask was compiled for batch={compiled.batch}."
+        )
     for table in compiled.tables:
         if table.changed:
             return (

@@ -31,7 +31,7 @@ class Interval(NamedTuple):
 
 
 class Truth(NamedTuple):
-    """Whether a mask is true everywhere in a cell (always), and whether it may be anywhere (ever)."""
+    """Whether a mask is true everywhere in a cell (always), and whether it may be at all (ever)."""
 
     always: Bound
     ever: Bound
@@ -101,9 +101,8 @@ def _remainder(a: Interval, b: Interval) -> Interval:
     counting = known & (quotient == a.hi // divisor)
     lo = _where(b.lo < 0, b.lo + 1, 0)
     hi = _where(b.hi > 0, b.hi - 1, 0)
-    return Interval(
-        _where(counting, a.lo - quotient * divisor, lo), _where(counting, a.hi - quotient * divisor, hi)
-    )
+    start = quotient * divisor
+    return Interval(_where(counting, a.lo - start, lo), _where(counting, a.hi - start, hi))
 
 
 def _absolute(a: Interval) -> Interval:
@@ -170,7 +169,7 @@ def _remainder_of_anything(a: Interval | None, b: Interval | None) -> Interval |
 
 
 def _choose(condition: Truth, yes: Any, no: Any) -> Any:
-    """Bounds of `yes` where the condition always holds, of `no` where it never does, else of both."""
+    """Bounds of `yes` where the condition always holds, of `no` where never, else of both."""
 
     def pick(of_yes: Bound, of_no: Bound, of_both: Bound) -> Bound:
         return _where(condition.always, of_yes, _where(_not(condition.ever), of_no, of_both))

@@ -16,6 +16,7 @@ from flexsparse.errors import ExecutorError
 from flexsparse.executors import blockwise, flex, reference, sdpa
 from flexsparse.expr import Mask
 from flexsparse.lower import lower
+from flexsparse.tensors import Opaque
 from flexsparse.validate import needs_int64
 
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -44,7 +45,7 @@ class Launch:
     ) -> Launch:
         """Make a launch of classified blocks, with its block lists unless none are needed."""
         launch = cls(heads, mask, classes, device, needs_int64(mask, classes.grid))
-        if launch.usual_executor == "flex":
+        if launch.usual_executor != "sdpa":
             _ = launch.block_mask
         return launch
 
@@ -63,7 +64,16 @@ class Launch:
     @property
     def usual_executor(self) -> str:
         """What runs a forward pass without a score_mod."""
-        return "flex" if sdpa.unsupported(self.mask, self.classes.grid) else "sdpa"
+        if sdpa.unsupported(self.mask, self.classes.grid) is None:
+            return "sdpa"
+        return "blockwise" if self._not_elementwise() else "flex"
+
+    def _not_elementwise(self) -> str | None:
+        """Why kernels cannot compile the mask, or None if they can."""
+        for step in self.mask.steps:
+            if isinstance(step.payload, Opaque) and not step.payload.is_elementwise:
+                return f"kernels compute one element at a time, and {step.payload.name} does not"
+        return None
 
     def choose(
         self,
@@ -74,18 +84,16 @@ class Launch:
         score_mod: ScoreMod | None = None,
         return_lse: bool = False,
     ) -> dict[str, str | None]:
-        """Each executor in the order of preference, with why it cannot run these inputs, or None."""
+        """Each executor, the preferred one first, with why it cannot run these inputs, or None."""
         grid = self.classes.grid
         return {
             "sdpa": sdpa.unsupported(self.mask, grid, score_mod=score_mod, return_lse=return_lse),
-            "flex": flex.unsupported(q, k, v, return_lse=return_lse),
+            "flex": self._not_elementwise() or flex.unsupported(q, k, v, return_lse=return_lse),
             "blockwise": blockwise.unsupported(q, k, v, grid.block_size),
             "reference": None,
         }
 
-    def parts(
-        self, n_heads: int, n_kv_heads: int
-    ) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    def parts(self, n_heads: int, n_kv_heads: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
         """The launch in parts that grouped-query attention can run: (heads, kv heads) each.
 
         A part reads each of its kv heads equally often, so that k and v are not repeated.
@@ -128,8 +136,8 @@ def run(
     """Run a launch on the executor asked for, or else on the first that can.
 
     sdpa runs full and causal heads, flex any mask. blockwise is plain PyTorch: slower than flex, it
-    runs everywhere and has gradients and the LSE also on CPU. reference is dense, and runs only when
-    it is asked for.
+    runs everywhere and has gradients and the LSE also on CPU. reference is dense, and runs only
+    when it is asked for.
     """
     reasons = launch.choose(q, k, v, score_mod=score_mod, return_lse=return_lse)
     chosen = next(name for name, reason in reasons.items() if reason is None)
@@ -137,8 +145,8 @@ def run(
         raise ExecutorError(f"There is no executor {executor!r}; there are {', '.join(reasons)}.")
     if executor is not None and reasons[executor] is not None:
         raise ExecutorError(
-            f"executor={executor!r} cannot run this call: {reasons[executor]}. Drop executor= to let "
-            f"flexsparse choose (it would choose {chosen})."
+            f"executor={executor!r} cannot run this call: {reasons[executor]}. Drop executor= to "
+            f"let flexsparse choose (it would choose {chosen})."
         )
     name = executor or chosen
     if name == "sdpa":

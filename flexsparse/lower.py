@@ -55,7 +55,7 @@ def lower(
         tables.append(tensor)
         return f"t{len(tables) - 1}"
 
-    # Shared by node, not by value: window(64) & sink(64) must become the code of window(64) & sink(8).
+    # by node, not by value: window(64) & sink(64) must become the code of window(64) & sink(8)
     names: dict[int, str] = {}
     for node in postorder(mask):
         args = [names[id(a)] if id(a) in names else number(a.payload) for a in node.args]
@@ -129,8 +129,10 @@ def _read(
 
 
 def padded(tensor: Tensor) -> Tensor:
-    """The table with its length rounded up to a power of 2, so that kernels for a fixed length, which
-    are all that inductor's C++ can do, are few."""
+    """The table with its length rounded up to a power of 2.
+
+    Inductor's C++ takes tables of fixed lengths alone (torch 2.13); rounded, these are few.
+    """
     length = max(16, 1 << (len(tensor) - 1).bit_length())
     return torch.nn.functional.pad(tensor, (0, length - len(tensor)))
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import Any
 
 import torch
 from torch import Tensor
-
 
 MOST_NODES = 4  # reads a dimension, which bound a range to within a half of its length
 
@@ -15,8 +15,8 @@ MOST_NODES = 4  # reads a dimension, which bound a range to within a half of its
 class Pyramid:
     """The table's minimum and maximum over aligned ranges of 1, 2, 4, ... entries a dimension.
 
-    A range is covered by one node a dimension where it is aligned, as the cells of the analysis are,
-    and by a few smaller ones elsewhere: bounds may be too wide and are never too narrow.
+    A range is covered by one node a dimension where it is aligned, as the cells of the analysis
+    are, and by a few smaller ones elsewhere: bounds may be too wide and are never too narrow.
 
     Args:
         table: integers, booleans or floats, 0 to 4 dimensions.
@@ -65,11 +65,9 @@ class Pyramid:
                 break
             level, ranges = level - 1, finer
         lows, highs = self.levels[level]
-        lo = hi = None
-        for node in itertools.product(*ranges):
-            at_lo, at_hi = lows[node], highs[node]
-            lo = at_lo if lo is None else torch.minimum(lo, at_lo)
-            hi = at_hi if hi is None else torch.maximum(hi, at_hi)
+        nodes = list(itertools.product(*ranges))
+        lo = functools.reduce(torch.minimum, [lows[node] for node in nodes])
+        hi = functools.reduce(torch.maximum, [highs[node] for node in nodes])
         return _wide(lo), _wide(hi)
 
     def _nodes(self, first: list[Tensor], last: list[Tensor], level: int) -> list[list[Tensor]]:

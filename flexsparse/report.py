@@ -20,7 +20,9 @@ def text(compiled: CompiledMask) -> str:
         f"CompiledMask: {heads}, {compiled.q_len:,} queries x {compiled.kv_len:,} keys, "
         f"blocks of {q_block} x {kv_block}, {compiled.device}"
     )
-    rows = [("heads", "mask", "executor", "computed", "of them full", "of all blocks")]
+    rows: list[tuple[str, ...]] = [
+        ("heads", "mask", "executor", "computed", "of them full", "of all blocks")
+    ]
     for launch in compiled.launches:
         classes = launch.classes
         rows.append(
@@ -43,9 +45,16 @@ def text(compiled: CompiledMask) -> str:
         if not evaluated
         else f"{evaluated:,} blocks evaluated element by element, the rest proved"
     )
-    closing = []
+    closing = [
+        f"No rule for {', '.join(operators)}: blocks of {shorten(launch.mask.name, NAME_WIDTH)} "
+        "are settled by looking at their elements."
+        for launch in compiled.launches
+        if (operators := launch.mask.opaque_operators)
+    ]
     if compiled.device.type == "cpu" and any(x.usual_executor == "flex" for x in compiled.launches):
-        closing.append("With gradients or return_lse, flex heads run on blockwise: flex has neither on CPU.")
+        closing.append(
+            "With gradients or return_lse, flex heads run on blockwise: flex has neither on CPU."
+        )
     closing += [
         f"All heads compute {density:.2%} of the blocks of dense attention.",
         f"Compiled in {compiled.compile_seconds * 1e3:.1f} ms: {proved}.",
@@ -57,7 +66,8 @@ def table(rows: list[tuple[str, ...]]) -> list[str]:
     """Rows as aligned lines, the first row being the header; numbers align right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [
-        "  " + "  ".join(
+        "  "
+        + "  ".join(
             cell.ljust(width) if i < 3 else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()

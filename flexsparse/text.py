@@ -13,7 +13,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from flexsparse.errors import MaskError
 from flexsparse.expr import (
@@ -114,7 +114,7 @@ def _write_node(node: Expr, args: list[tuple[str, int]]) -> tuple[str, int]:
 
 
 def parse(text: str, names: Mapping[str, Any] | None = None) -> Mask:
-    """Read a mask from text; parse(str(mask)) == mask for every mask of integers without tensors.
+    """Read a mask from its text, which gives back every mask of integers without tensors.
 
     Args:
         text: for example 'causal & (sink(64) | window(256))', or a formula of q_idx and kv_idx.
@@ -132,6 +132,7 @@ _TOKEN = re.compile(
     r"|(?P<op>//|<=|>=|==|[-+*%<>&|^~()\[\],.=]))"
 )
 _LITERALS = {"None": None}
+MOST_NESTED = 40  # each level takes a dozen of Python's frames
 
 
 class _Parser:
@@ -154,12 +155,16 @@ class _Parser:
                 place += len(self.text[place:]) - len(self.text[place:].lstrip())
                 self.fail(place + 1, f"{self.text[place]!r} is not part of the mask language")
             assert match.lastgroup is not None
-            tokens.append((match.lastgroup, match[match.lastgroup], match.start(match.lastgroup) + 1))
+            kind = match.lastgroup
+            tokens.append((kind, match[kind], match.start(kind) + 1))
             place = match.end()
         return [*tokens, ("end", "the end of the text", end + 1)]
 
-    def fail(self, column: int, reason: str) -> Any:
-        raise MaskError(f"Cannot read the mask at column {column}: {reason}.\n  {self.text}\n  {' ' * (column - 1)}^")
+    def fail(self, column: int, reason: str) -> NoReturn:
+        pointer = " " * (column - 1) + "^"
+        raise MaskError(
+            f"Cannot read the mask at column {column}: {reason}.\n  {self.text}\n  {pointer}"
+        )
 
     def take(self, *texts: str) -> tuple[str, int] | None:
         kind, text, column = self.tokens[self.position]
@@ -193,7 +198,8 @@ class _Parser:
         right = self.infix(OR)
         chained = self.take("<", "<=", ">", ">=", "==")
         if chained:
-            self.fail(chained[1], "comparisons do not chain; split a <= x < b into (a <= x) & (x < b)")
+            fix = "split a <= x < b into (a <= x) & (x < b)"
+            self.fail(chained[1], f"comparisons do not chain; {fix}")
         compare: dict[str, Callable[[Any, Any], Mask]] = {
             "<": lambda a, c: a < c,
             "<=": lambda a, c: a <= c,
@@ -214,7 +220,9 @@ class _Parser:
             left = self.apply(_OPERATORS[operator[0]], operator[1], left, right, kind)
         return left
 
-    def apply(self, build: Callable[..., Any], column: int, left: Any, right: Any, kind: type) -> Any:
+    def apply(
+        self, build: Callable[..., Any], column: int, left: Any, right: Any, kind: type
+    ) -> Any:
         sides = []
         for side in (left, right):
             if kind is Mask and isinstance(side, bool):
@@ -235,9 +243,9 @@ class _Parser:
         try:
             return build(*args, **kwargs)
         except MaskError as error:
-            return self.fail(column, str(error).rstrip("."))
+            self.fail(column, str(error).rstrip("."))
         except TypeError as error:
-            return self.fail(column, str(error))
+            self.fail(column, str(error))
 
     def unary(self) -> Any:
         operator = self.take("-", "~")
@@ -252,8 +260,8 @@ class _Parser:
 
     def nested(self, column: int, read: Callable[[], Any]) -> Any:
         self.depth += 1
-        if self.depth > 100:
-            self.fail(column, "more than 100 levels of nesting")
+        if self.depth > MOST_NESTED:
+            self.fail(column, f"more than {MOST_NESTED} levels of nesting")
         value = read()
         self.depth -= 1
         return value
@@ -273,6 +281,7 @@ class _Parser:
         return value
 
     def primary(self) -> Any:
+        """A number, a string, a name, or what stands in brackets."""
         kind, text, column = self.tokens[self.position]
         self.position += 1
         if kind == "number":
@@ -284,9 +293,9 @@ class _Parser:
         if text == "(":
             values, is_tuple = self.items(")", column)
             return tuple(values) if is_tuple else values[0]
-        if text == "[":
-            return self.items("]", column)[0]
-        return self.fail(column, f"expected a pattern, a number or '(' and found {text!r}")
+        if text != "[":
+            self.fail(column, f"expected a pattern, a number or '(' and found {text!r}")
+        return self.items("]", column)[0]
 
     def items(self, close: str, column: int) -> tuple[list[Any], bool]:
         """What stands between brackets, and whether a comma makes it a tuple."""

@@ -1,4 +1,4 @@
-"""What must hold of a mask at given lengths before it is compiled; each broken rule is a sentence."""
+"""What must hold of a mask at given lengths for it to be compiled; a broken rule is a sentence."""
 
 from __future__ import annotations
 
@@ -106,7 +106,9 @@ def _suspicions(mask: Mask, grid: Grid) -> Iterator[tuple[Mask, str]]:
                 assert isinstance(index, Index)
                 about = bounds[id(index)]
                 if about is None or about.lo < 0 or about.hi >= size:
-                    reach = "may be anything" if about is None else "reaches from {} to {}".format(*about)
+                    reach = "may be anything"
+                    if about is not None:
+                        reach = f"reaches from {about.lo} to {about.hi}"
                     below = about is not None and about.lo < 0
                     negative = " (negative positions come from q_offset < 0)" if below else ""
                     yield (

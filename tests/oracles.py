@@ -4,7 +4,20 @@ import torch
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import BlockMask
 
-from flexsparse import Mask, b, h, kv_idx, lookup, maximum, minimum, q_idx
+from flexsparse import (
+    Mask,
+    b,
+    bit_and,
+    bit_or,
+    bit_xor,
+    h,
+    kv_idx,
+    lookup,
+    maximum,
+    minimum,
+    q_idx,
+    where,
+)
 from flexsparse.classify import BlockClasses, Grid
 
 LISTS = (
@@ -40,7 +53,9 @@ def painted(classes: BlockClasses) -> torch.Tensor:
     grid = classes.grid
     picture = torch.zeros(grid.planes, grid.rows, grid.columns, dtype=torch.int32)
     for value, rectangles in ((1, classes.partial), (2, classes.full)):
-        for plane, row0, row1, column0, column1 in zip(*(x.tolist() for x in rectangles), strict=True):
+        for plane, row0, row1, column0, column1 in zip(
+            *(x.tolist() for x in rectangles), strict=True
+        ):
             part = picture[plane, row0:row1, column0:column1]
             assert (part == 0).all()
             part.fill_(value)
@@ -97,6 +112,10 @@ def _grow(index):
         st.tuples(index, index).map(lambda p: p[0] // (p[1] % 5 + 1)),
         st.tuples(index, index).map(lambda p: p[0] % (p[1] % 5 - 7)),
         index.map(abs),
+        st.tuples(index, index).map(lambda p: where(p[0] < p[1], p[0], p[1] + 3)),
+        pairs.map(lambda p: bit_and(*p)),
+        pairs.map(lambda p: bit_or(*p)),
+        pairs.map(lambda p: bit_xor(*p)),
         pairs.map(lambda p: minimum(*p)),
         pairs.map(lambda p: maximum(*p)),
         st.tuples(_table(), st.just(None)).map(lambda p: lookup(p[0])),

@@ -40,7 +40,17 @@ PATTERNS = [
     same_document(IDS) & causal,
     block_sparse(torch.rand(40, 40, generator=torch.Generator().manual_seed(1)) < 0.3) & causal,
 ]
-SHAPES = [(1, 1), (127, 127), (128, 128), (129, 129), (1000, 1000), (2048, 2048), (300, 1000), (1000, 300), (1, 2048)]
+SHAPES = [
+    (1, 1),
+    (127, 127),
+    (128, 128),
+    (129, 129),
+    (1000, 1000),
+    (2048, 2048),
+    (300, 1000),
+    (1000, 300),
+    (1, 2048),
+]
 BLOCK_SIZES = [64, 128, (256, 128)]
 
 
@@ -91,7 +101,10 @@ def test_per_head_masks_become_one_block_mask():
     def mask_mod(b, h, q_idx, kv_idx):
         kept = [m(b, h, q_idx, kv_idx) for m in heads]
         return (
-            ((h == 0) & kept[0]) | ((h == 1) & kept[1]) | ((h == 2) & kept[2]) | ((h == 3) & kept[3])
+            ((h == 0) & kept[0])
+            | ((h == 1) & kept[1])
+            | ((h == 2) & kept[2])
+            | ((h == 3) & kept[3])
         )
 
     assert_same_lists(ours, create_block_mask(mask_mod, None, 4, 700, 700, "cpu"))

@@ -41,7 +41,9 @@ def dense_index(index, grid):
         torch.arange(grid.q_len).view(1, 1, -1, 1) + grid.q_offset,
         torch.arange(grid.kv_len),
     )
-    return torch.as_tensor(evaluate(index, dict(zip(VARIABLES, where, strict=True)), TENSOR_READING))
+    return torch.as_tensor(
+        evaluate(index, dict(zip(VARIABLES, where, strict=True)), TENSOR_READING)
+    )
 
 
 @settings(max_examples=100)

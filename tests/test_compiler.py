@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 import flexsparse as fs
-from flexsparse import MaskError, ExecutorError, b, compile_mask, h, kv_idx, lookup, per_head, q_idx
+from flexsparse import ExecutorError, MaskError, b, compile_mask, h, kv_idx, lookup, per_head, q_idx
 from flexsparse.executors import flex, reference
 from flexsparse.masks import causal, full, packed, padding, sink, window
 
@@ -72,7 +72,7 @@ def test_low_precision(dtype):
 
 def test_the_reference_lse_is_that_of_the_kept_scores():
     q, k, v = inputs(50, 70)
-    out, lse = compile_mask(STREAMING, 50, 70)(q, k, v, return_lse=True, executor="reference")
+    _, lse = compile_mask(STREAMING, 50, 70)(q, k, v, return_lse=True, executor="reference")
     scores = q @ k.mT / q.shape[-1] ** 0.5
     kept = STREAMING(None, None, torch.arange(20, 70)[:, None], torch.arange(70))
     assert lse.dtype == torch.float32
@@ -292,7 +292,10 @@ CALL_MISTAKES = [
     (lambda q, k, v: (q, k[..., :8], v), "q has head_dim 32 and k has 8"),
     (lambda q, k, v: (q, k[:, :3], v[:, :3]), "not a multiple of the 3 heads"),
     (lambda q, k, v: (q, k[:, :2], v), "k has 2 heads and v has 4"),
-    (lambda q, k, v: (q[:, :2], k[:, :2], v[:, :2]), r"has 4 heads but q has 2 query heads.*\*query\*"),
+    (
+        lambda q, k, v: (q[:, :2], k[:, :2], v[:, :2]),
+        r"has 4 heads but q has 2 query heads.*\*query\*",
+    ),
     (lambda q, k, v: (q, k.expand(3, -1, -1, -1), v), "k has 3 batch rows and q has 1"),
     (lambda q, k, v: (q.int(), k.int(), v.int()), "takes floating-point"),
 ]
@@ -308,7 +311,7 @@ def test_call_mistakes_get_a_sentence(change, message):
 def test_an_executor_that_cannot_run_says_why():
     attend = compile_mask(causal, 64, 64)
     q, k, v = inputs(64, 64)
-    with pytest.raises(ExecutorError, match="no LSE on CPU.*would choose"):
+    with pytest.raises(ExecutorError, match=r"no LSE on CPU.*would choose"):
         attend(q, k, v, return_lse=True, executor="flex")
     with pytest.raises(ExecutorError, match="no backward on CPU"):
         attend(q.requires_grad_(), k, v, executor="flex")

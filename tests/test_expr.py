@@ -106,7 +106,9 @@ def test_different_masks(one, other):
     assert one != other
 
 
-@pytest.mark.parametrize(("build", "message"), MISTAKES, ids=lambda x: x if isinstance(x, str) else "")
+@pytest.mark.parametrize(
+    ("build", "message"), MISTAKES, ids=lambda x: x if isinstance(x, str) else ""
+)
 def test_mistakes_get_a_sentence(build, message):
     with pytest.raises(MaskError, match=message):
         build()

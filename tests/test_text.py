@@ -26,7 +26,7 @@ MISTAKES = [
     ("q_idx + 3", 1, "an index expression, not a mask"),
     ("causal.__class__", 8, "only .equals"),
     ("__import__('os')", 1, "unknown name '__import__'"),
-    ("(" * 200 + "causal" + ")" * 200, 101, "100 levels"),
+    ("(" * 200 + "causal" + ")" * 200, 41, "40 levels"),
     ("q_idx.equals()", 7, "takes one index"),
     ("", 1, "the end of the text"),
 ]

@@ -12,7 +12,7 @@ from flexsparse.classify import Grid, classify
 from flexsparse.interval import INTERVAL_READING, Interval
 from flexsparse.masks import causal, window
 from flexsparse.text import parse
-from flexsparse.trace import from_mask_mod
+from flexsparse.tracing import from_mask_mod
 from flexsparse.validate import problem
 
 CPU = torch.device("cpu")

@@ -92,9 +92,7 @@ def run(
     return out, lse.float() if return_lse else None
 
 
-def unsupported(
-    q: Tensor, k: Tensor, v: Tensor, block_size: tuple[int, int]
-) -> str | None:
+def unsupported(q: Tensor, k: Tensor, v: Tensor, block_size: tuple[int, int]) -> str | None:
     """Why this executor cannot run these inputs, as a sentence, or None if it can."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):

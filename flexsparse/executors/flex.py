@@ -16,9 +16,7 @@ KEY_LENGTH = 16
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-def unsupported(
-    q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool
-) -> str | None:
+def unsupported(q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool) -> str | None:
     """Why flex_attention cannot run these inputs, as a sentence, or None if it can."""
     if q.device.type == "cpu":
         if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
@@ -30,7 +28,7 @@ def unsupported(
     elif q.device.type == "cuda":
         for name, size in (("q and k", q.shape[-1]), ("v", v.shape[-1])):
             if size < 16:
-                return f"flex_attention on CUDA needs a head_dim of 16 or more, and that of {name} is {size}"
+                return f"flex_attention on CUDA needs a head_dim of 16; that of {name} is {size}"
     if 0 in q.shape or 0 in k.shape or 0 in v.shape:
         return "an input is empty"
     return None
@@ -46,13 +44,13 @@ def run(
     score_mod: ScoreMod | None = None,
     return_lse: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention with a BlockMask: (out [B, n_heads, q_len, Dv], LSE [B, n_heads, q_len] or None)."""
+    """Attention with a BlockMask: out [B, n_heads, q_len, Dv], LSE [B, n_heads, q_len] or None."""
     if torch.compiler.is_compiling():
-        # A compiler above us is at work: hand it the plain operator. Inductor's CPU kernel ignores the
-        # storage offset of a view made inside the graph (torch 2.13), so it gets no views.
+        # A compiler above us is at work: hand it the plain operator. Inductor's CPU kernel ignores
+        # the storage offset of a view made inside the graph (torch 2.13), so it gets no views.
         if q.device.type == "cpu":
             q, k, v = q.clone(), k.clone(), v.clone()
-        return _attend(q, k, v, block_mask, score_mod, scale, return_lse)
+        return _attend(q, k, v, block_mask, score_mod, scale, return_lse)  # type: ignore[no-any-return]
     arguments = (q, k, v, block_mask, score_mod, scale, return_lse)
     _fix_table_lengths(block_mask.mask_mod, score_mod)
     key = _kernel_key(q, k, v, block_mask, score_mod, return_lse)
@@ -67,7 +65,7 @@ def run(
         dynamic = False if fixed else True if q.device.type == "cpu" else None
         kernel = _kernels[key] = _compile(dynamic)
         # without this, lengths that happen to be equal in the first call would have to stay equal
-        with torch.fx.experimental._config.patch(use_duck_shape=False):
+        with torch.fx.experimental._config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
             return kernel(*arguments)  # type: ignore[no-any-return]
     except _GaveUpError:
         # dynamo met its limit of recompilations for this function; a new function has a new limit
@@ -137,8 +135,8 @@ def _compile_error() -> type[Exception]:
 def _fix_table_lengths(*mods: Any) -> None:
     """Let the compiler take the lengths of captured tables as fixed.
 
-    Inductor's C++ kernel does not compile with tables of symbolic length (torch 2.13). `lower` rounds
-    lengths up to powers of 2, so that there are few.
+    Inductor's C++ kernel does not compile with tables of symbolic length (torch 2.13). `lower`
+    rounds lengths up to powers of 2, so that there are few.
     """
     for mod in mods:
         for cell in getattr(mod, "__closure__", None) or ():

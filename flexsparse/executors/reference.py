@@ -34,7 +34,7 @@ def run(
         score_mod: of (score, b, h, q_idx, kv_idx), on the scaled scores.
 
     Returns:
-        out [B, n_heads, q_len, Dv] in q's dtype, and LSE [B, n_heads, q_len] in float32, natural log.
+        out [B, n_heads, q_len, Dv] in q's dtype; LSE [B, n_heads, q_len] in float32, natural log.
     """
     group_size = q.shape[1] // k.shape[1]
     # float64 inputs stay float64, so that gradients can be checked numerically

@@ -8,8 +8,12 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from flexsparse.arrays import broadcast_shape
 from flexsparse.errors import MaskError
+from flexsparse.tracing.arrays import broadcast_shape
+
+COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or", "logical_xor")
+BITS = ("bitwise_and", "bitwise_or", "bitwise_xor")
+PROMOTED = ("add", "sub", "mul", "minimum", "maximum", "remainder", "floor_divide", *BITS)
 
 
 class ValueNeededError(Exception):
@@ -58,8 +62,23 @@ class StandIn(Tensor):
         return f"traced({self.dtype}, {tuple(self.shape)})"
 
 
-def indexed(table: Tensor, indices: list[Tensor | None]) -> Tensor:
-    """The shape that table[indices] has; torch's own rule would import its compiler to tell."""
+def described(name: str, arguments: dict[str, Any]) -> Tensor | None:
+    """The shape and dtype that an operator gives, or None if torch is to be asked.
+
+    torch's own rules for these would import its compiler, which takes a second.
+    """
+    if name == "index":
+        return _indexed(arguments["self"], arguments["indices"])
+    if name not in COMPARISONS and name not in PROMOTED:
+        return None
+    pair = [arguments["self"], arguments["other"]]
+    shape = broadcast_shape([tuple(x.shape) for x in pair if isinstance(x, Tensor)])
+    dtype = torch.bool if name in COMPARISONS else torch.result_type(*pair)
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _indexed(table: Tensor, indices: list[Tensor | None]) -> Tensor:
+    """A tensor of the shape that table[indices] has."""
     chosen = [i for i, x in enumerate(indices) if x is not None]
     given = [x for x in indices if x is not None]
     if len(indices) > table.dim():

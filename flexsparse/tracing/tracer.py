@@ -10,14 +10,14 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flexsparse.arrays import Array, Call, Places, constant
-from flexsparse.aten import translate
 from flexsparse.errors import MaskError
 from flexsparse.expr import VARIABLES, Expr, Mask
-from flexsparse.opaque import Program, elementwise
-from flexsparse.scalars import NoRule, Scalars, Untranslatable
-from flexsparse.stand_in import StandIn, ValueNeededError, indexed
 from flexsparse.tensors import Table
+from flexsparse.tracing.arrays import Array, Call, Places, constant
+from flexsparse.tracing.aten import translate
+from flexsparse.tracing.opaque import Program, elementwise
+from flexsparse.tracing.scalars import NoRule, Scalars, Untranslatable
+from flexsparse.tracing.stand_in import StandIn, ValueNeededError, described
 
 
 class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -57,9 +57,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.metas[id(tensor)] = meta
         self.alive.append(tensor)
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func._schema.name.removeprefix("aten::")
         if torch.Tag.nondeterministic_seeded in func.tags:
@@ -79,11 +77,10 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         device = kwargs.get("device") or followed[0].device
         if "device" in kwargs:
             metas[1]["device"] = "meta"
-        if name == "index":
-            made = indexed(*metas[0])
-        elif torch.Tag.dynamic_output_shape in func.tags:
-            raise ValueNeededError
-        else:
+        made: Any = described(name, _by_name(func, *metas))
+        if made is None:
+            if torch.Tag.dynamic_output_shape in func.tags:
+                raise ValueNeededError
             made = func(*metas[0], **metas[1])
         several = isinstance(made, (tuple, list))
         outputs: list[Tensor] = [StandIn(x, device) for x in (made if several else [made])]

@@ -6,6 +6,7 @@ reads one entry, and a row of 131,072 is never written out. A coordinate is an i
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,8 +15,8 @@ from torch import Tensor
 
 from flexsparse.errors import MaskError
 from flexsparse.expr import Expr
-from flexsparse.scalars import INTEGERS, Scalars, Untranslatable
 from flexsparse.tensors import Table
+from flexsparse.tracing.scalars import INTEGERS, Scalars, Untranslatable
 
 Place = Any  # an int or an Index
 Places = tuple[Place, ...]
@@ -78,7 +79,14 @@ class Call(NamedTuple):
 
 def broadcast_shape(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
     """The shape that tensors of these shapes have together."""
-    return tuple(torch.broadcast_shapes(*shapes))  # type: ignore[no-untyped-call]
+    # torch.broadcast_shapes imports sympy, which takes a third of a second
+    result: list[int] = []
+    for sizes in itertools.zip_longest(*(reversed(shape) for shape in shapes), fillvalue=1):
+        distinct = {n for n in sizes if n != 1} or {1}
+        if len(distinct) > 1:
+            raise IndexError(f"the shapes {', '.join(map(str, shapes))} do not broadcast")
+        result.insert(0, distinct.pop())
+    return tuple(result)
 
 
 def constant(scalars: Scalars, tensor: Tensor, table: Table | None) -> Array:

@@ -20,13 +20,11 @@ import torch
 
 from flexsparse.errors import MaskError
 from flexsparse.expr import VARIABLES, Mask
-from flexsparse.stand_in import ReadsEntries, ValueNeededError
-from flexsparse.tracer import Tracer
+from flexsparse.tracing.stand_in import ReadsEntries, ValueNeededError
+from flexsparse.tracing.tracer import Tracer
 
 
-def from_mask_mod(
-    fn: Callable[..., Any], *, device: torch.device | str | None = None
-) -> Mask:
+def from_mask_mod(fn: Callable[..., Any], *, device: torch.device | str | None = None) -> Mask:
     """The mask that a FlexAttention mask_mod computes, as an expression.
 
     Captured integers are read now. Captured tensors are kept and not copied: write to one, and

@@ -173,9 +173,7 @@ class Scalars:
         self._integers_only(dtype, right)
         if rounding == "floor" or (self.is_nonnegative(left) and self.is_nonnegative(right)):
             return self.integer(dtype, "//", left, right)
-        size = self.integer(
-            dtype, "//", self.absolute(dtype, left), self.absolute(dtype, right)
-        )
+        size = self.integer(dtype, "//", self.absolute(dtype, left), self.absolute(dtype, right))
         zero = self.const(0, dtype)
         negative = self.logic(
             "^",

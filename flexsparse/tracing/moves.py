@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 import torch
 
-from flexsparse.arrays import Array, Call, Place, Places, Rule, broadcast_shape
 from flexsparse.expr import Expr
-from flexsparse.scalars import INTEGERS, Scalars, Untranslatable
+from flexsparse.tracing.arrays import Array, Call, Place, Places, Rule, broadcast_shape
+from flexsparse.tracing.scalars import INTEGERS, Scalars, Untranslatable
 
 UNROLL = 256  # entries that a reduction writes out
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from flexsparse.arrays import Array, Places
 from flexsparse.expr import VARIABLES, Expr
-from flexsparse.scalars import FLOATS, HALVES, INTEGERS, Scalars, Untranslatable
 from flexsparse.tensors import Opaque, Table
+from flexsparse.tracing.arrays import Array, Places
+from flexsparse.tracing.scalars import FLOATS, HALVES, INTEGERS, Scalars, Untranslatable
 
 ENTRIES_AT_ONCE = 1 << 24
 
@@ -153,7 +153,6 @@ def _together(values: Any, dtypes: list[torch.dtype]) -> list[Tensor]:
     devices = [x.device for x in values if isinstance(x, Tensor)]
     device = next((x for x in devices if x.type != "cpu"), None)
     tensors = [
-        torch.as_tensor(x, device=device).to(dtype)
-        for x, dtype in zip(values, dtypes, strict=True)
+        torch.as_tensor(x, device=device).to(dtype) for x, dtype in zip(values, dtypes, strict=True)
     ]
     return list(torch.broadcast_tensors(*tensors))  # type: ignore[no-untyped-call]

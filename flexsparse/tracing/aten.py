@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from flexsparse.arrays import Array, Call, Places, Rule
 from flexsparse.expr import Expr
-from flexsparse.moves import MOVES, UNROLL
-from flexsparse.scalars import FLOATS, INTEGERS, Untranslatable
+from flexsparse.tracing.arrays import Array, Call, Places, Rule
+from flexsparse.tracing.moves import MOVES, UNROLL
+from flexsparse.tracing.scalars import FLOATS, INTEGERS, Untranslatable
 
 
 def translate(name: str, call: Call) -> Array | list[Array] | None:
@@ -110,9 +110,7 @@ def _sign(call: Call, dtype: torch.dtype, x: Expr) -> Expr:
     if dtype not in INTEGERS:
         raise Untranslatable(f"sign of {dtype}")
     one, zero = s.const(1, torch.int64), s.const(0, torch.int64)
-    below = s.choose(
-        torch.int64, s.compare(dtype, "<", x, zero), s.const(-1, torch.int64), zero
-    )
+    below = s.choose(torch.int64, s.compare(dtype, "<", x, zero), s.const(-1, torch.int64), zero)
     return s.choose(torch.int64, s.compare(dtype, ">", x, zero), one, below)  # type: ignore[no-any-return]
 
 

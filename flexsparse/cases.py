@@ -1,0 +1,80 @@
+"""What is looked at: the masks of all heads at given lengths, each distinct one with its grid."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from flexsparse.classify import Grid
+from flexsparse.errors import MaskError
+from flexsparse.expr import Mask
+from flexsparse.heads import PerHead
+
+
+class Case(NamedTuple):
+    """A distinct mask, the heads that have it (None: every head there may be), and its grid.
+
+    unknown: what it reads without being told how many there are: n_heads, batch
+    """
+
+    heads: tuple[int, ...] | None
+    mask: Mask
+    grid: Grid
+    unknown: tuple[str, ...]
+
+
+def cases(
+    verb: str,
+    mask: Mask | PerHead,
+    q_len: int,
+    kv_len: int,
+    *,
+    batch: int | None,
+    n_heads: int | None,
+    q_offset: int | None,
+    block_size: tuple[int, int] = (128, 128),
+) -> tuple[Case, ...]:
+    """The distinct masks of a mask; errors begin with `verb`, the function that the user called."""
+    for name, n in (("q_len", q_len), ("kv_len", kv_len), ("batch", batch), ("n_heads", n_heads)):
+        if n is not None and (not isinstance(n, int) or isinstance(n, bool) or n < 1):
+            raise MaskError(f"{verb}: {name}={n!r}; it must be an int of 1 or more.")
+    if q_offset is not None and (not isinstance(q_offset, int) or isinstance(q_offset, bool)):
+        raise MaskError(f"{verb}: q_offset={q_offset!r}; it must be an int, the position of row 0.")
+    if not isinstance(mask, (Mask, PerHead)):
+        raise MaskError(
+            f"{verb} takes a Mask or per_head([...]), not {type(mask).__name__}. Call the pattern "
+            "first, or make a Mask of a mask_mod function with from_mask_mod."
+        )
+    if isinstance(mask, PerHead) and n_heads not in (None, mask.n_heads):
+        raise MaskError(
+            f"{verb}: per_head got {mask.n_heads} masks but n_heads={n_heads}. Give one mask for "
+            "each query head, or leave n_heads out."
+        )
+    masks = PerHead((mask,), (0,) * (n_heads or 1)) if isinstance(mask, Mask) else mask
+    every_head = isinstance(mask, Mask) and n_heads is None
+    offset = kv_len - q_len if q_offset is None else q_offset
+    found = []
+    for place, distinct in enumerate(masks.distinct):
+        reads_b, reads_h = (name in distinct.variables for name in ("b", "h"))
+        heads = masks.heads_of(place)
+        grid = Grid(
+            q_len,
+            kv_len,
+            offset,
+            block_size,
+            batch if batch and reads_b else 1,
+            heads if reads_h else (0,),
+        )
+        unknown = (["n_heads"] if reads_h and every_head else []) + (
+            ["batch"] if reads_b and batch is None else []
+        )
+        found.append(Case(None if every_head else heads, distinct, grid, tuple(unknown)))
+    return tuple(found)
+
+
+def needed(case: Case) -> str | None:
+    """Which argument is missing for a mask that reads the head or the batch row, or None."""
+    if not case.unknown:
+        return None
+    reads = " and ".join({"n_heads": "h", "batch": "b"}[name] for name in case.unknown)
+    give = ", ".join(f"{name}=..." for name in case.unknown)
+    return f"The mask reads {reads}, so its blocks differ: give {give} ({case.mask.name})"

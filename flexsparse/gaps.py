@@ -1,0 +1,175 @@
+"""Queries that see no key, and keys that no query sees, from the classes of the blocks.
+
+A row of blocks without a kept block is empty; one with a FULL block is not; in what remains, the
+PARTIAL blocks are looked at, element by element and only until every row has its key.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flexsparse.classify import ELEMENTS_AT_ONCE, BlockClasses, Grid, Rectangles
+from flexsparse.expr import Mask
+
+WITNESSES = 16  # places looked at in a line of a block before all of it is
+
+Ranges = tuple[range, ...]
+
+
+class _Side(NamedTuple):
+    """Queries looked at along keys, or (is_key) keys along queries; a line is `block` tokens."""
+
+    is_key: bool
+    grid: Grid
+
+    @property
+    def lines(self) -> int:
+        return self.grid.columns if self.is_key else self.grid.rows
+
+    @property
+    def length(self) -> int:
+        return self.grid.kv_len if self.is_key else self.grid.q_len
+
+    @property
+    def across_length(self) -> int:
+        return self.grid.q_len if self.is_key else self.grid.kv_len
+
+    @property
+    def block(self) -> int:
+        return self.grid.block_size[self.is_key]
+
+    @property
+    def across_block(self) -> int:
+        return self.grid.block_size[not self.is_key]
+
+    @property
+    def offset(self) -> int:
+        return 0 if self.is_key else self.grid.q_offset
+
+    @property
+    def across_offset(self) -> int:
+        return self.grid.q_offset if self.is_key else 0
+
+
+def empty_rows(mask: Mask, classes: BlockClasses) -> list[Ranges]:
+    """The positions of queries that see no key, for each plane of the grid."""
+    return _gaps(mask, classes, _Side(False, classes.grid))
+
+
+def unseen_keys(mask: Mask, classes: BlockClasses) -> list[Ranges]:
+    """The positions of keys that no query sees, for each plane of the grid."""
+    return _gaps(mask, classes, _Side(True, classes.grid))
+
+
+def _gaps(mask: Mask, classes: BlockClasses, side: _Side) -> list[Ranges]:
+    partial, full = (x.transposed() if side.is_key else x for x in (classes.partial, classes.full))
+    has_full = _covered(full, side)
+    looked_at = _covered(partial, side) & ~has_full
+    open_lines = looked_at.flatten().nonzero().flatten()
+    used = _look(mask, side, partial, open_lines)
+
+    unused = ~(has_full | looked_at)
+    gaps_in = unused.any(1)
+    gaps_in[open_lines[~used.all(1)] // side.lines] = True
+    return [
+        _ranges(unused[plane], open_lines - plane * side.lines, used, side) if gaps else ()
+        for plane, gaps in enumerate(gaps_in.tolist())
+    ]
+
+
+def _covered(rectangles: Rectangles, side: _Side) -> Tensor:
+    """Whether any rectangle touches a line: bool [planes, lines]."""
+    edges = torch.zeros(side.grid.planes, side.lines + 1, dtype=torch.int64)
+    step = torch.ones_like(rectangles.plane)
+    edges.index_put_((rectangles.plane, rectangles.row0), step, accumulate=True)
+    edges.index_put_((rectangles.plane, rectangles.row1), -step, accumulate=True)
+    return edges.cumsum(1)[:, :-1] > 0
+
+
+def _look(mask: Mask, side: _Side, partial: Rectangles, open_lines: Tensor) -> Tensor:
+    """Whether each token of each open line is in a pair that is kept: bool [open lines, block]."""
+    tokens = (open_lines % side.lines)[:, None] * side.block + torch.arange(side.block)
+    used = tokens >= side.length  # past a ragged end there is nothing to look for
+    flat = used.view(-1)
+    plane = open_lines // side.lines
+
+    def settle(line: Tensor, token: Tensor, across: Tensor) -> None:
+        kept = _keeps_any(mask, side, plane[line], token, across)
+        flat[(line * side.block + token % side.block)[kept]] = True
+
+    # most masks let a query see the key at its own position
+    lines_at_once = max(1, ELEMENTS_AT_ONCE // side.block)
+    for line in torch.split(torch.arange(len(open_lines)), lines_at_once):
+        pairs, token = line.repeat_interleave(side.block), tokens[line].flatten()
+        own = (token + side.offset - side.across_offset).clamp(0, side.across_length - 1)
+        settle(pairs, token.clamp(max=side.length - 1), own[:, None])
+
+    every = torch.arange(side.across_block)
+    few = every[:: max(1, side.across_block // WITNESSES)]
+    line, column, place = _blocks_of(partial, open_lines[~used.all(1)], open_lines, side)
+    # 1 block of each line, then 2, then 4, so that lines settled early cost little
+    turn = (place + 1).log2().long()
+    turns = [(turn == now).nonzero().flatten() for now in sorted(set(turn.tolist()))]
+    for steps in (few, every):
+        for blocks in turns:
+            for chunk in torch.split(blocks, lines_at_once):
+                block, inside = (~used[line[chunk]]).nonzero().T
+                at_once = max(1, ELEMENTS_AT_ONCE // len(steps))
+                for some in torch.split(torch.arange(len(block)), at_once):
+                    own_line, own_column = line[chunk][block[some]], column[chunk][block[some]]
+                    still = ~used[own_line, inside[some]]
+                    across = own_column[still][:, None] * side.across_block + steps
+                    token = tokens[own_line[still], inside[some][still]]
+                    settle(own_line[still], token, across.clamp(max=side.across_length - 1))
+    return used
+
+
+def _keeps_any(mask: Mask, side: _Side, plane: Tensor, token: Tensor, across: Tensor) -> Tensor:
+    """Whether any pair of a token [n] with those across from it [n, m] is kept: bool [n]."""
+    device = next((t.tensor.device for t in mask.tables), torch.device("cpu"))
+    heads = torch.tensor(side.grid.heads)
+    mine, other = token[:, None] + side.offset, across + side.across_offset
+    q, kv = (other, mine) if side.is_key else (mine, other)
+    b, h = (plane // len(heads))[:, None], heads[plane % len(heads)][:, None]
+    kept = mask(*(x.to(device) for x in (b, h, q, kv))).cpu()
+    return kept.expand(across.shape).any(1)
+
+
+def _blocks_of(
+    rectangles: Rectangles, lines: Tensor, open_lines: Tensor, side: _Side
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The blocks of some lines: (place of the line among the open ones, column, place in line)."""
+    wanted = torch.zeros(side.grid.planes * side.lines, dtype=torch.bool)
+    wanted[lines] = True
+    run, line = _spread(rectangles.row0, rectangles.row1)
+    line = rectangles.plane[run] * side.lines + line
+    chosen = wanted[line]
+    run, line = run[chosen], line[chosen]
+    block, column = _spread(rectangles.column0[run], rectangles.column1[run])
+    line = line[block]
+    order = torch.argsort(line * (int(column.max()) + 1 if len(column) else 1) + column)
+    line, column = line[order], column[order]
+    first = torch.searchsorted(line, line)
+    return torch.searchsorted(open_lines, line), column, torch.arange(len(line)) - first
+
+
+def _spread(start: Tensor, stop: Tensor) -> tuple[Tensor, Tensor]:
+    """Every number of each range start..stop, with the place of its range: (place, number)."""
+    n = stop - start
+    place = torch.repeat_interleave(torch.arange(len(n)), n)
+    return place, torch.arange(len(place)) - (n.cumsum(0) - n - start)[place]
+
+
+def _ranges(unused: Tensor, open_lines: Tensor, used: Tensor, side: _Side) -> Ranges:
+    """The tokens of a plane that are in no pair, as ranges of positions."""
+    own = (open_lines >= 0) & (open_lines < side.lines)
+    missing = unused[:, None].repeat(1, side.block)
+    missing[open_lines[own]] = ~used[own]
+    edges = torch.nn.functional.pad(missing.flatten()[: side.length].int(), (1, 1)).diff()
+    starts, stops = (
+        ((edges == step).nonzero().flatten() + side.offset).tolist() for step in (1, -1)
+    )
+    return tuple(range(start, stop) for start, stop in zip(starts, stops, strict=True))
