@@ -19,7 +19,7 @@ from flexsparse.interval import INTERVAL_READING, Interval, Truth
 from flexsparse.pyramid import Pyramid
 
 SPLIT = 4  # a cell is split into SPLIT x SPLIT
-CELLS_AT_ONCE = 1 << 16  # keeps the bounds of a chunk of cells in the cache
+CELLS_AT_ONCE = 1 << 15  # stays in the cache, and below the size torch starts threads for
 ELEMENTS_AT_ONCE = 1 << 20
 
 
@@ -130,7 +130,7 @@ def classify(mask: Mask, grid: Grid) -> BlockClasses:
     A ragged last block is at most PARTIAL, as in torch's create_block_mask.
     Cost: the boundary of the mask in blocks, times its steps; no [q_len, kv_len] tensor is made.
     """
-    reading = _interval_reading(mask)
+    reading = interval_reading(mask)
     side = 1
     while side < max(grid.rows, grid.columns):
         side *= SPLIT
@@ -162,7 +162,7 @@ def classify(mask: Mask, grid: Grid) -> BlockClasses:
     return BlockClasses(grid, _concatenate([*partial, ragged]), whole, evaluated)
 
 
-def _interval_reading(mask: Mask) -> dict[str, Any]:
+def interval_reading(mask: Mask) -> dict[str, Any]:
     """INTERVAL_READING with the tables of this mask behind pyramids."""
     pyramids: dict[tuple[int, tuple[bool, ...]], Pyramid] = {}
     ranged_step = [False] * len(mask.steps)

@@ -1,19 +1,30 @@
 """Queries that see no key, and keys that no query sees, from the classes of the blocks.
 
-A row of blocks without a kept block is empty; one with a FULL block is not; in what remains, the
-PARTIAL blocks are looked at, element by element and only until every row has its key.
+A row of blocks without a kept block is empty; one with a FULL block is not. In what remains, rows
+are bounded against PARTIAL blocks, and where that leaves it open they are looked at element by
+element, until every row has its key.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from flexsparse.classify import ELEMENTS_AT_ONCE, BlockClasses, Grid, Rectangles
-from flexsparse.expr import Mask
+from flexsparse.classify import (
+    CELLS_AT_ONCE,
+    ELEMENTS_AT_ONCE,
+    BlockClasses,
+    Grid,
+    Rectangles,
+)
+from flexsparse.classify import interval_reading
+from flexsparse.expr import Mask, evaluate
+from flexsparse.interval import Interval, Truth
 
+GROUPS = 8  # parts of a block bounded as one
 WITNESSES = 16  # places looked at in a line of a block before all of it is
 
 Ranges = tuple[range, ...]
@@ -95,36 +106,87 @@ def _look(mask: Mask, side: _Side, partial: Rectangles, open_lines: Tensor) -> T
     used = tokens >= side.length  # past a ragged end there is nothing to look for
     flat = used.view(-1)
     plane = open_lines // side.lines
-
-    def settle(line: Tensor, token: Tensor, across: Tensor) -> None:
-        kept = _keeps_any(mask, side, plane[line], token, across)
-        flat[(line * side.block + token % side.block)[kept]] = True
-
-    # most masks let a query see the key at its own position
-    lines_at_once = max(1, ELEMENTS_AT_ONCE // side.block)
-    for line in torch.split(torch.arange(len(open_lines)), lines_at_once):
-        pairs, token = line.repeat_interleave(side.block), tokens[line].flatten()
-        own = (token + side.offset - side.across_offset).clamp(0, side.across_length - 1)
-        settle(pairs, token.clamp(max=side.length - 1), own[:, None])
-
+    reading = interval_reading(mask)
     every = torch.arange(side.across_block)
     few = every[:: max(1, side.across_block // WITNESSES)]
+
+    def undecided(line: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Tokens without a key yet, as (place in `line`, line, place in the block)."""
+        for start in range(0, len(line), max(1, ELEMENTS_AT_ONCE // side.block)):
+            chunk = line[start : start + max(1, ELEMENTS_AT_ONCE // side.block)]
+            place, inside = (~used[chunk]).nonzero().T
+            yield start + place, chunk[place], inside
+
+    def settle(line: Tensor, inside: Tensor, across: Tensor) -> None:
+        kept = _keeps_any(mask, side, plane[line], tokens[line, inside], across)
+        flat[(line * side.block + inside)[kept]] = True
+
+    def own(token: Tensor) -> Tensor:
+        return (token + side.offset - side.across_offset).clamp(0, side.across_length - 1)
+
+    # most masks let many queries in a row see the key at the position of the first of them
+    for size in (side.block, -(-side.block // GROUPS)):
+        line = (~used.all(1)).nonzero().flatten().repeat_interleave(-(-side.block // size))
+        first = torch.arange(0, side.block, size).repeat(len(line) * size // side.block + 1)
+        first = first[: len(line)]
+        token = tokens[line, first].clamp(max=side.length - 1)
+        last = (token + size - 1).clamp(max=side.length - 1)
+        across = own(last if side.is_key else token)
+        always, _ = _bounds(mask, reading, side, plane[line], (token, last), (across, across))
+        inside = first[always][:, None] + torch.arange(size)
+        used[line[always][:, None], inside.clamp(max=side.block - 1)] = True
+    # and each query the key at its own
+    for _, line, inside in undecided(torch.arange(len(open_lines))):
+        settle(line, inside, own(tokens[line, inside])[:, None])
+
     line, column, place = _blocks_of(partial, open_lines[~used.all(1)], open_lines, side)
     # 1 block of each line, then 2, then 4, so that lines settled early cost little
     turn = (place + 1).log2().long()
-    turns = [(turn == now).nonzero().flatten() for now in sorted(set(turn.tolist()))]
-    for steps in (few, every):
-        for blocks in turns:
-            for chunk in torch.split(blocks, lines_at_once):
-                block, inside = (~used[line[chunk]]).nonzero().T
-                at_once = max(1, ELEMENTS_AT_ONCE // len(steps))
-                for some in torch.split(torch.arange(len(block)), at_once):
-                    own_line, own_column = line[chunk][block[some]], column[chunk][block[some]]
-                    still = ~used[own_line, inside[some]]
-                    across = own_column[still][:, None] * side.across_block + steps
-                    token = tokens[own_line[still], inside[some][still]]
-                    settle(own_line[still], token, across.clamp(max=side.across_length - 1))
+    for now in sorted(set(turn.tolist())):
+        chosen = (turn == now).nonzero().flatten()
+        for where, own_line, inside in undecided(line[chosen]):
+            start = column[chosen][where] * side.across_block
+            end = (start + side.across_block - 1).clamp(max=side.across_length - 1)
+            token = tokens[own_line, inside]
+            always, ever = _bounds(
+                mask, reading, side, plane[own_line], (token, token), (start, end)
+            )
+            flat[(own_line * side.block + inside)[always]] = True
+            for steps in (few, every):
+                open_pairs = (ever & ~always).nonzero().flatten()
+                for some in torch.split(open_pairs, max(1, ELEMENTS_AT_ONCE // len(steps))):
+                    still = some[~used[own_line[some], inside[some]]]
+                    across = (start[still][:, None] + steps).clamp(max=side.across_length - 1)
+                    settle(own_line[still], inside[still], across)
     return used
+
+
+def _bounds(
+    mask: Mask,
+    reading: dict[str, Any],
+    side: _Side,
+    plane: Tensor,
+    tokens: tuple[Tensor, Tensor],
+    across: tuple[Tensor, Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Whether all pairs of tokens first to last with those across are kept, and whether any is."""
+    heads = torch.tensor(side.grid.heads)
+    found = [torch.zeros(2, 0, dtype=torch.bool)]
+    for part in torch.split(torch.arange(len(plane)), CELLS_AT_ONCE) if len(plane) else ():
+        mine = Interval(*(x[part] + side.offset for x in tokens))
+        other = Interval(*(x[part] + side.across_offset for x in across))
+        q, kv = (other, mine) if side.is_key else (mine, other)
+        b, h = plane[part] // len(heads), heads[plane[part] % len(heads)]
+        variables: dict[str, Any] = {
+            "b": Interval(b, b),
+            "h": Interval(h, h),
+            "q_idx": q,
+            "kv_idx": kv,
+        }
+        truth: Truth = evaluate(mask, variables, reading)
+        found.append(torch.stack([torch.as_tensor(x).expand(part.shape) for x in truth]))
+    always, ever = torch.cat(found, 1)
+    return always, ever
 
 
 def _keeps_any(mask: Mask, side: _Side, plane: Tensor, token: Tensor, across: Tensor) -> Tensor:

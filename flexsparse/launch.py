@@ -19,6 +19,8 @@ from flexsparse.lower import lower
 from flexsparse.tensors import Opaque
 from flexsparse.validate import needs_int64
 
+LARGE_GRID = 1 << 22  # blocks; lists of 16 MB
+
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -57,9 +59,12 @@ class Launch:
         renumbered = grid.heads if grid.heads != tuple(range(len(grid.heads))) else None
         mask_mod = lower(self.mask, self.device, grid.q_offset, renumbered, self.wide)
         # On CPU torch wants lists as wide as the grid, and has no backward that would read q lists.
+        # Overlapping views are that wide and take no memory, but each width costs a kernel: they
+        # are for grids whose lists would be large.
         on_cpu = self.device.type == "cpu"
-        kept = write_kept_blocks(self.classes, self.device, compact=not on_cpu, q_lists=not on_cpu)
-        return block_mask(grid, kept, mask_mod, widen=False)
+        compact = not on_cpu or grid.planes * grid.rows * grid.columns > LARGE_GRID
+        kept = write_kept_blocks(self.classes, self.device, compact=compact, q_lists=not on_cpu)
+        return block_mask(grid, kept, mask_mod, widen=on_cpu)
 
     @property
     def usual_executor(self) -> str:
