@@ -7,6 +7,7 @@ belong to the next row and are never looked at.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from flexsparse.classify import BlockClasses, Grid, Rectangles
 
 ENTRIES_AT_ONCE = 1 << 21
+LARGE = 1 << 22  # entries, 16 MB
 
 
 class BlockLists(NamedTuple):
@@ -142,8 +144,8 @@ def write_lists(
     jump[1:] -= torch.where(line[1:] == line[:-1], last[:-1], 0)
     line_last = torch.zeros_like(counts).scatter_reduce_(0, line, last, "amax")
 
-    # zeros, because the pages of short lines that are never written then take no memory
-    storage = torch.zeros(lines * width + max(columns - width, 0), dtype=torch.int32, device=device)
+    size = lines * width + max(columns - width, 0)
+    storage = _zeros(size, device, written=int(counts.sum()))
     body = storage[: lines * width].view(lines, width)
     tops = torch.arange(0, lines, max(1, ENTRIES_AT_ONCE // width), device=device)
     bottoms = torch.cat([tops[1:], tops.new_tensor([lines])])
@@ -160,6 +162,24 @@ def write_lists(
         part[short, count[short]] = -line_last[top:bottom][short].int()
         torch.cumsum(part, 1, dtype=torch.int32, out=part)
     return counts.int(), body
+
+
+def _zeros(size: int, device: torch.device, written: int) -> Tensor:
+    """int32 zeros, of which only a few will be written; pages that are not take no memory.
+
+    One long line, such as the sink's, makes every line wide. The usual large pages would then all
+    be touched, and take more time and memory than everything else together.
+    """
+    if (
+        device.type == "cpu"
+        and size > LARGE
+        and written * 8 < size
+        and hasattr(mmap, "MADV_HUGEPAGE")
+    ):
+        pages = mmap.mmap(-1, size * 4, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        pages.madvise(mmap.MADV_NOHUGEPAGE)
+        return torch.frombuffer(pages, dtype=torch.int32)
+    return torch.zeros(size, dtype=torch.int32, device=device)
 
 
 def _runs(rectangles: Rectangles, rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -19,8 +19,8 @@ from flexsparse.classify import (
     BlockClasses,
     Grid,
     Rectangles,
+    interval_reading,
 )
-from flexsparse.classify import interval_reading
 from flexsparse.expr import Mask, evaluate
 from flexsparse.interval import Interval, Truth
 

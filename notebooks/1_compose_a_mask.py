@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Compose a mask and look at it
 #
-# A pattern is an expression of where the query stands (`q_idx`) and where the key stands (`kv_idx`).
+# A pattern is an expression of where the query (`q_idx`) and the key (`kv_idx`) stand.
 # Patterns combine with `&`, `|` and `~`. Open this file as a notebook with jupytext, or run it.
 
 # %%

@@ -139,6 +139,41 @@ def test_block_lists_are_torch_s(at):
     assert_same_lists(compiled.block_mask, theirs)
 
 
+def attention_of(at: Case):
+    """A case compiled at 70 x 93, and random q, k and v that fit it."""
+    masks = per_head(at.mask) if isinstance(at.mask, list) else at.mask
+    reads = set().union(*(mask.variables for mask in heads_of(at.mask)))
+    batch = at.batch if "b" in reads else None
+    n_heads = at.n_heads if isinstance(masks, Mask) and "h" in reads else None
+    attend = compile_mask(
+        masks, 70, 93, batch=batch, n_heads=n_heads, q_offset=at.q_offset, block_size=16
+    )
+    q = torch.randn(batch or 1, at.n_heads, 70, 16)
+    k, v = torch.randn(2, batch or 1, at.n_heads, 93, 16)
+    return attend, (q, k, v)
+
+
+@pytest.mark.parametrize("at", ONE_OF_EACH, ids=lambda c: c.name)
+def test_blockwise_gives_what_the_reference_gives(at: Case):
+    attend, inputs = attention_of(at)
+    out, lse = attend(*inputs, return_lse=True, executor="blockwise")
+    expected, expected_lse = attend(*inputs, return_lse=True, executor="reference")
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(lse, expected_lse)
+
+
+# one case of each pattern, because a kernel takes seconds to compile
+ONE_OF_A_PATTERN = {at.name.split("(")[0]: at for at in ONE_OF_EACH}.values()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("at", ONE_OF_A_PATTERN, ids=lambda c: c.name)
+def test_flex_gives_what_the_reference_gives(at: Case):
+    attend, inputs = attention_of(at)
+    expected = attend(*inputs, executor="reference")
+    torch.testing.assert_close(attend(*inputs, executor="flex"), expected)
+
+
 WITHOUT_TENSORS = {mask.name: mask for at in CASES for mask in heads_of(at.mask) if not mask.tables}
 
 
