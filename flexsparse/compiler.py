@@ -51,13 +51,14 @@ def compile_mask(
         MaskError: the mask cannot be compiled for these arguments; the text says what to change.
     """
     started = time.perf_counter()
-    masks = _as_per_head(mask, n_heads)
-    blocks = _block_size(block_size)
     for name, n in (("q_len", q_len), ("kv_len", kv_len), ("batch", batch), ("n_heads", n_heads)):
         if n is not None and (not isinstance(n, int) or isinstance(n, bool) or n < 1):
             raise MaskError(f"{name}={n!r}; it must be an int of 1 or more.")
     if q_offset is not None and (not isinstance(q_offset, int) or isinstance(q_offset, bool)):
         raise MaskError(f"q_offset={q_offset!r}; it must be an int, the position of query row 0.")
+    masks = _as_per_head(mask, n_heads)
+    n_heads = masks.n_heads if isinstance(mask, PerHead) else n_heads
+    blocks = _block_size(block_size)
     offset = kv_len - q_len if q_offset is None else q_offset
     place = _device(masks, device)
 
@@ -66,7 +67,7 @@ def compile_mask(
         heads = masks.heads_of(i)
         for variable, name, given in (
             ("b", "batch", batch),
-            ("h", "n_heads", len(heads) > 1 or n_heads),
+            ("h", "n_heads", n_heads),
         ):
             if variable in distinct.variables and not given:
                 raise MaskError(
@@ -111,7 +112,7 @@ class CompiledMask:
         self.q_len, self.kv_len, self.q_offset = grid.q_len, grid.kv_len, grid.q_offset
         self.block_size = grid.block_size
         self.batch = batch
-        self.n_heads = masks.n_heads if masks.n_heads > 1 else n_heads
+        self.n_heads = n_heads
         self.device = device
         self.compile_seconds = compile_seconds
         self.tables = tuple(table for mask in masks.distinct for table in mask.tables)
@@ -153,7 +154,7 @@ class CompiledMask:
         if reason is not None:
             raise MaskError(reason)
         if score_mod is not None and self.q_offset:
-            score_mod = _at_positions(score_mod, self.q_offset)
+            score_mod = _at_positions(score_mod, self.q_offset, self.device)
         options: dict[str, Any] = {"return_lse": return_lse, "scale": scale, "executor": executor}
         if len(self.launches) == 1:
             out, lse = run(self.launches[0], q, k, v, score_mod=score_mod, **options)
@@ -192,7 +193,7 @@ class CompiledMask:
             q_offset: position of query row 0; kv_len - q_len by default.
         """
         return compile_mask(
-            self.masks,
+            self.masks if self.n_heads else self.masks.distinct[0],
             q_len,
             kv_len,
             batch=self.batch,
@@ -294,11 +295,13 @@ def _device(masks: PerHead, device: torch.device | str | None) -> torch.device:
         raise MaskError(f"device={device!r} cannot be used here: {error}") from None
 
 
-def _at_positions(score_mod: ScoreMod, q_offset: int) -> ScoreMod:
+def _at_positions(score_mod: ScoreMod, q_offset: int, device: torch.device) -> ScoreMod:
     """A score_mod of positions as one of row numbers, which is what kernels count."""
+    # a tensor, because a number would be compiled into the kernel
+    first = torch.tensor(q_offset, device=device)
 
     def at_positions(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return score_mod(score, b, h, q_idx + q_offset, kv_idx)
+        return score_mod(score, b, h, q_idx + first, kv_idx)
 
     return at_positions
 

@@ -240,7 +240,16 @@ def test_dynamo_giving_up_is_noticed(monkeypatch):
         flex._attend_compiled(q, k, v, attend.launches[0].block_mask, None, None, False)
 
 
+def test_a_single_head_is_one_head():
+    attend = compile_mask(per_head([causal]), 64, 64)
+    assert attend.n_heads == 1
+    with pytest.raises(MaskError, match="has 1 heads but q has 4"):
+        attend(*inputs(64, 64))
+
+
 COMPILE_MISTAKES = [
+    (lambda: compile_mask(causal, 8, 8, n_heads="4"), "n_heads='4'"),
+    (lambda: compile_mask(causal, 8, 8, n_heads=-1), "n_heads=-1"),
     (lambda: compile_mask([causal], 8, 8), r"compile_mask\(per_head\(masks\)"),
     (lambda: compile_mask(window, 8, 8), "Call the pattern first"),
     (lambda: compile_mask("causal", 8, 8), "not str"),

@@ -10,7 +10,10 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.py"))
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.name)
 def test_a_notebook_runs_and_draws(path, capsys):
     runpy.run_path(str(path))
-    assert "tokens" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "of all blocks" in printed  # a report
+    assert "█ full" in printed  # a picture of blocks
+    assert "█ kept" in printed  # a picture of elements
 
 
 def test_the_readme_example_runs(capsys):
