@@ -41,5 +41,5 @@ $(VENV)/demo.installed: $(VENV)/torch.installed pyproject.toml
 
 $(VENV)/dev.installed: $(VENV)/torch.installed pyproject.toml
 	@echo "Installing flexsparse and what its tests need"
-	$(INSTALL) -q -e '.[test,dev,viz,gym]'
+	$(INSTALL) -q -e '.[test,dev,viz,gym,triton]'
 	@touch $@
