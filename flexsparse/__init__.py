@@ -24,11 +24,11 @@ from flexsparse.expr import (
     maximum,
     minimum,
     nothing,
-    pattern,
     q_idx,
     where,
 )
 from flexsparse.heads import PerHead, per_head
+from flexsparse.naming import pattern
 from flexsparse.text import parse
 from flexsparse.tracing import from_mask_mod
 

@@ -174,7 +174,7 @@ def _zeros(size: int, device: torch.device, written: int) -> Tensor:
         device.type == "cpu"
         and size > LARGE
         and written * 8 < size
-        and hasattr(mmap, "MADV_HUGEPAGE")
+        and hasattr(mmap, "MADV_NOHUGEPAGE")
     ):
         pages = mmap.mmap(-1, size * 4, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         pages.madvise(mmap.MADV_NOHUGEPAGE)

@@ -408,28 +408,3 @@ q_idx = Index("q_idx")
 kv_idx = Index("kv_idx")
 everything = Mask("const", payload=True)
 nothing = Mask("const", payload=False)
-
-Pattern = TypeVar("Pattern", bound=Callable[..., Mask])
-
-
-def pattern(build: Pattern) -> Pattern:
-    """Name the masks that a function returns after the call that made them: window(256).
-
-    Decorate a function of your own with it, and reports and pictures show your name.
-    """
-
-    @functools.wraps(build)
-    def named(*args: Any, **kwargs: Any) -> Mask:
-        shown = [_argument(a) for a in args]
-        shown += [f"{key}={_argument(value)}" for key, value in kwargs.items()]
-        return build(*args, **kwargs).named(f"{build.__name__}({', '.join(shown)})")
-
-    return named  # type: ignore[return-value]
-
-
-def _argument(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return repr(Table(value))
-    if isinstance(value, Mask):
-        return value.name
-    return repr(value)

@@ -17,7 +17,7 @@ ORDER = [
     {"errors"},
     {"tensors", "bits"},
     {"expr"},
-    {"text", "heads", "pyramid"},
+    {"text", "heads", "pyramid", "naming"},
     {"interval"},
     {"classify", "tracing"},
     {"validate", "blocks"},
