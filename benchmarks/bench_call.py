@@ -25,7 +25,7 @@ def main() -> None:
     torch.set_num_threads(1)
     attend = compile_mask(causal & (sink(4) | window(64)), 128, 128)
     q, k, v = (torch.randn(1, 1, 128, 16) for _ in range(3))
-    block_mask = attend.launches[0].block_mask
+    block_mask = attend.launches[0].block_mask((0,))
 
     def attention(q, k, v, block_mask):
         return flex_attention(q, k, v, block_mask=block_mask)

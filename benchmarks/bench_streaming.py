@@ -192,12 +192,12 @@ def measure(case: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
 
 def tune(args: argparse.Namespace) -> None:
     """Time every candidate tile per kernel at the first length; print the best first."""
-    from flexsparse.executors import streaming
+    from flexsparse.executors import streaming, streaming_ops, streaming_tiles
 
     length = args.lengths[0]
     q, k, v = tensors(args, length)
     packed = args.heads > args.kv_heads
-    usual = streaming.tiles_for(q, v)
+    usual = streaming_tiles.tiles_for(q, v)
     for s, w in PATTERNS:
         sink, window = (
             torch.full((args.heads,), n, dtype=torch.int32, device="cuda") for n in (s, w)
@@ -209,8 +209,8 @@ def tune(args: argparse.Namespace) -> None:
         for kernel in ("fwd_packed" if packed else "fwd", "dq_packed" if packed else "dq", "dkdv"):
             found = []
             for numbers in CANDIDATES:
-                tiles = usual._replace(**{kernel: streaming.Tile(*numbers)})
-                streaming.tiles_for = lambda q, v, tiles=tiles: tiles  # type: ignore[misc]
+                tiles = usual._replace(**{kernel: streaming_tiles.Tile(*numbers)})
+                streaming_ops.tiles_for = lambda q, v, tiles=tiles: tiles  # type: ignore[misc]
                 try:
                     result = passes(attend, q, k, v)
                 except Exception:  # out of shared memory, or a tile triton cannot lay out

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
+from torch.utils import _pytree as pytree
 
 from flexsparse.classify import BlockClasses, Grid, Rectangles
 
@@ -51,6 +52,69 @@ class KeptBlocks(NamedTuple):
     full_q: BlockLists | None
 
 
+class CompactBlockMask(BlockMask):
+    """A BlockMask whose lists overlap in memory, so that what torch would misread is done anew.
+
+    torch's methods take the entries past a row's count for the rest of a permutation of all blocks;
+    here they are other rows. Everything else is BlockMask's own, pickling too.
+    """
+
+    def _adjust(self, new_q_len: int, new_kv_len: int) -> CompactBlockMask:
+        """The upper left corner, of whole blocks: the mask of the first queries and keys."""
+        rows, columns = (
+            -(-n // block) for n, block in zip((new_q_len, new_kv_len), self.BLOCK_SIZE, strict=True)
+        )
+
+        def crop(name: str, lines: int, blocks: int) -> dict[str, Tensor | None]:
+            counts = getattr(self, name.replace("indices", "num_blocks"))
+            indices = getattr(self, name)
+            if counts is None:
+                return {name: None, name.replace("indices", "num_blocks"): None}
+            counts, indices = counts[:, :, :lines], indices[:, :, :lines, :blocks]
+            is_listed = torch.arange(indices.shape[3], device=counts.device) < counts[..., None]
+            # kept blocks ascend, so those inside come first
+            counts = (is_listed & (indices < blocks)).sum(-1, dtype=torch.int32)
+            return {name: indices, name.replace("indices", "num_blocks"): counts}
+
+        lists = {}
+        for name in ("kv_indices", "full_kv_indices"):
+            lists |= crop(name, rows, columns)
+        for name in ("q_indices", "full_q_indices"):
+            lists |= crop(name, columns, rows)
+        return CompactBlockMask(
+            seq_lengths=(new_q_len, new_kv_len),
+            **lists,
+            BLOCK_SIZE=self.BLOCK_SIZE,
+            mask_mod=self.mask_mod,
+        )
+
+    def to(self, device: torch.device | str) -> CompactBlockMask:
+        """The same lists on a device, as compact; tables of its mask_mod move with them."""
+        lists = {}
+        for name in self._TENSOR_ATTRS:
+            x = getattr(self, name)
+            if x is not None and x.device != torch.empty(0, device=device).device:
+                stored = x.as_strided((x.untyped_storage().nbytes() // x.element_size(),), (1,), 0)
+                x = stored.to(device).as_strided(x.shape, x.stride(), x.storage_offset())
+            lists[name] = x
+        move = getattr(self.mask_mod, "to", None)
+        return CompactBlockMask(
+            seq_lengths=self.seq_lengths,
+            **lists,
+            BLOCK_SIZE=self.BLOCK_SIZE,
+            mask_mod=self.mask_mod if move is None else move(device),
+        )
+
+
+# in a tree it is a node, as those who register BlockMask make that
+pytree.register_pytree_node(
+    CompactBlockMask,
+    CompactBlockMask._flatten,
+    CompactBlockMask._unflatten,  # type: ignore[arg-type]
+    flatten_with_keys_fn=CompactBlockMask._flatten_with_keys,  # type: ignore[arg-type]
+)
+
+
 def write_kept_blocks(
     classes: BlockClasses, device: torch.device, *, compact: bool = True, q_lists: bool = True
 ) -> KeptBlocks:
@@ -86,7 +150,7 @@ def write_kept_blocks(
 
 def block_mask(
     grid: Grid, kept: KeptBlocks, mask_mod: Callable[..., Tensor], *, widen: bool = True
-) -> BlockMask:
+) -> CompactBlockMask:
     """Torch's BlockMask of these lists, entry for entry what create_block_mask gives.
 
     Args:
@@ -102,7 +166,7 @@ def block_mask(
         return lists.widened(columns) if widen else lists.indices
 
     kv, full_kv, q, full_q = kept
-    return BlockMask(
+    return CompactBlockMask(
         seq_lengths=(grid.q_len, grid.kv_len),
         kv_num_blocks=kv.counts,
         kv_indices=kv.widened(grid.columns) if widen else kv.indices,

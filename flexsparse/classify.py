@@ -108,6 +108,22 @@ class BlockClasses(NamedTuple):
         evaluated = sum(classes.evaluated for classes, _ in parts)
         return cls(grid, spread("partial"), spread("full"), evaluated)
 
+    def of_heads(self, heads: tuple[int, ...]) -> BlockClasses:
+        """The classes of some of its heads, in the order given."""
+        grid = self.grid._replace(heads=heads)
+        planes = torch.arange(self.grid.planes).view(self.grid.batch, -1)
+        chosen = planes[:, [self.grid.heads.index(head) for head in heads]].flatten()
+        new_plane = torch.full((self.grid.planes,), -1)
+        new_plane[chosen] = torch.arange(grid.planes)
+
+        def renumbered(rectangles: Rectangles) -> Rectangles:
+            plane = new_plane[rectangles.plane]
+            kept = Rectangles(*(x[plane >= 0] for x in rectangles))
+            return kept._replace(plane=plane[plane >= 0])
+
+        partial, full = renumbered(self.partial), renumbered(self.full)
+        return BlockClasses(grid, partial, full, self.evaluated)
+
 
 def _on_planes(
     rectangles: Rectangles, grid: Grid, heads: Sequence[int], target: Grid

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,14 +13,18 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from flexsparse import report
 from flexsparse.blocks import block_mask, write_kept_blocks
-from flexsparse.classify import BlockClasses, Grid, classify
+from flexsparse.classify import BlockClasses, Grid
+from flexsparse.cost import Cost
+from flexsparse.dispatch import Modifiers, attend
+from flexsparse.dropout import Dropout, ScoreMod
 from flexsparse.errors import MaskError
 from flexsparse.expr import Mask
+from flexsparse.grouping import launches
 from flexsparse.heads import PerHead
 from flexsparse.inputs import mismatch
-from flexsparse.launch import Launch, ScoreMod, run, take_heads
-from flexsparse.lower import lower, padded
-from flexsparse.validate import problem
+from flexsparse.launch import Launch
+from flexsparse.lower import LoweredMask
+from flexsparse.validate import needs_int64
 
 
 def compile_mask(
@@ -62,31 +67,13 @@ def compile_mask(
     offset = kv_len - q_len if q_offset is None else q_offset
     place = _device(masks, device)
 
-    launches = []
-    for i, distinct in enumerate(masks.distinct):
-        heads = masks.heads_of(i)
-        for variable, name, given in (
-            ("b", "batch", batch),
-            ("h", "n_heads", n_heads),
-        ):
-            if variable in distinct.variables and not given:
-                raise MaskError(
-                    f"The mask reads {variable}, so blocks differ: give {name}=... ({distinct})"
-                )
-        grid = Grid(
-            q_len,
-            kv_len,
-            offset,
-            blocks,
-            batch if batch and "b" in distinct.variables else 1,
-            heads if "h" in distinct.variables else (0,),
-        )
-        reason = problem(distinct, grid, place)
-        if reason is not None:
-            raise MaskError(reason)
-        launches.append(Launch.of(heads, distinct, classify(distinct, grid), place))
+    heads = tuple(range(n_heads)) if n_heads else ()
+    grid = Grid(q_len, kv_len, offset, blocks, batch or 0, heads)
+    plan = launches(masks, grid, place)
+    for launch in plan:
+        launch.prepare()
     seconds = time.perf_counter() - started
-    return CompiledMask(masks, tuple(launches), batch, n_heads, place, seconds)
+    return CompiledMask(masks, plan, batch, n_heads, place, seconds)
 
 
 class CompiledMask:
@@ -126,6 +113,8 @@ class CompiledMask:
         *,
         scale: float | None = None,
         score_mod: ScoreMod | None = None,
+        dropout_p: float = 0.0,
+        dropout_seed: int | Tensor | None = None,
         return_lse: bool = False,
         executor: str | None = None,
     ) -> Any:
@@ -140,8 +129,14 @@ class CompiledMask:
             scale: of the scores; 1 / sqrt(D) by default.
             score_mod: FlexAttention's, of (score, b, h, q_idx, kv_idx); q_idx is the position of
                 the query, q_offset included, and h the query head.
+            dropout_p: the chance to drop each attention weight, in [0, 1); the others are divided
+                by 1 - dropout_p.
+            dropout_seed: of the dropout, 64 bits: the weights it drops depend on it and on (b, h,
+                row of q, row of k) alone, whatever the executor. Drawn from torch's generator if
+                not given.
             return_lse: also return the log of the sum of exponentials of each row's scores.
-            executor: insist on "flex", "blockwise" or "reference"; by default flexsparse chooses.
+            executor: insist on "sdpa", "flash", "streaming", "flex", "blockwise" or "reference"; by
+                default flexsparse chooses.
 
         Returns:
             out [B, n_heads, q_len, Dv], or (out, lse) with lse float32 [B, n_heads, q_len].
@@ -155,29 +150,9 @@ class CompiledMask:
             raise MaskError(reason)
         if score_mod is not None and self.q_offset:
             score_mod = _at_positions(score_mod, self.q_offset, self.device)
-        options: dict[str, Any] = {"return_lse": return_lse, "scale": scale, "executor": executor}
-        if len(self.launches) == 1:
-            out, lse = run(self.launches[0], q, k, v, score_mod=score_mod, **options)
-            return (out, lse) if return_lse else out
-        outs: list[Tensor] = []
-        lses: list[Tensor] = []
-        order: list[int] = []
-        for launch in self.launches:
-            for heads, kv_heads in launch.parts(q.shape[1], k.shape[1]):
-                out, lse = run(
-                    launch,
-                    take_heads(q, heads),
-                    take_heads(k, kv_heads),
-                    take_heads(v, kv_heads),
-                    score_mod=None if score_mod is None else _at_heads(score_mod, heads, q.device),
-                    **options,
-                )
-                outs.append(out)
-                if lse is not None:
-                    lses.append(lse)
-                order.extend(heads)
-        out = _in_head_order(outs, order)
-        return (out, _in_head_order(lses, order)) if return_lse else out
+        modifiers = Modifiers(scale, score_mod, Dropout.of(dropout_p, dropout_seed), return_lse)
+        out, lse = attend(self.launches, q, k, v, modifiers, executor)
+        return (out, lse) if return_lse else out
 
     def at(self, q_len: int, kv_len: int, q_offset: int | None = None) -> CompiledMask:
         """The same mask for other lengths, through the same kernels: prefill in chunks, decoding.
@@ -192,16 +167,7 @@ class CompiledMask:
             kv_len: keys, in tokens.
             q_offset: position of query row 0; kv_len - q_len by default.
         """
-        return compile_mask(
-            self.masks if self.n_heads else self.masks.distinct[0],
-            q_len,
-            kv_len,
-            batch=self.batch,
-            n_heads=self.n_heads,
-            q_offset=q_offset,
-            device=self.device,
-            block_size=self.block_size,
-        )
+        return self._again(q_len=q_len, kv_len=kv_len, q_offset=q_offset)()
 
     def row(self, position: int) -> CompiledMask:
         """One query, at a position, over all kv_len keys: a step of decoding.
@@ -219,6 +185,14 @@ class CompiledMask:
         """
         return self.at(1, self.kv_len, position)
 
+    def cost(self, head_dim: int = 128, dtype: torch.dtype = torch.bfloat16) -> Cost:
+        """Blocks, FLOPs and bytes of a forward pass of one batch row; `print` shows each launch's.
+
+        Of a mask for any number of heads, it is the cost of one head.
+        """
+        costs = [launch.cost(head_dim, dtype.itemsize) for launch in self.launches]
+        return Cost(*(sum(numbers) for numbers in zip(*costs, strict=True)))
+
     @property
     def block_mask(self) -> BlockMask:
         """All heads as one torch BlockMask, usable with flex_attention as it is.
@@ -228,12 +202,31 @@ class CompiledMask:
         """
         if self._block_mask is None:
             classes = self._all_heads()
-            mask = self.masks.mask(self.device)
-            wide = any(launch.wide for launch in self.launches)
-            mask_mod = lower(mask, self.device, self.q_offset, wide=wide)
+            alone = len(self.launches) == 1
+            mask = self.launches[0].mask if alone else self.masks.mask(self.device)
+            wide = any(needs_int64(x.mask, x.classes.grid) for x in self.launches)
+            mask_mod = LoweredMask(mask, self.device, self.q_offset, wide)
             kept = write_kept_blocks(classes, self.device)
             self._block_mask = block_mask(classes.grid, kept, mask_mod)
         return self._block_mask
+
+    def _again(self, **changes: int | None) -> Callable[[], CompiledMask]:
+        """The call of compile_mask that made this mask, with some arguments changed."""
+        arguments: dict[str, Any] = {
+            "mask": self.masks if self.n_heads else self.masks.distinct[0],
+            "q_len": self.q_len,
+            "kv_len": self.kv_len,
+            "batch": self.batch,
+            "n_heads": self.n_heads,
+            "q_offset": self.q_offset,
+            "device": self.device,
+            "block_size": self.block_size,
+        }
+        return functools.partial(compile_mask, **(arguments | changes))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # compiling again takes milliseconds, and kernels read functions that cannot be pickled
+        return self._again(), ()
 
     def _all_heads(self) -> BlockClasses:
         """The block classes of all heads, put together from those of the launches."""
@@ -243,7 +236,7 @@ class CompiledMask:
         batch = max(launch.classes.grid.batch for launch in self.launches)
         grid = self.launches[0].classes.grid._replace(batch=batch, heads=tuple(range(self.n_heads)))
         return BlockClasses.of_planes(
-            grid, [(launch.classes, launch.heads or ()) for launch in self.launches]
+            grid, [(launch.classes, launch.heads) for launch in self.launches]
         )
 
     def __str__(self) -> str:
@@ -304,22 +297,3 @@ def _at_positions(score_mod: ScoreMod, q_offset: int, device: torch.device) -> S
         return score_mod(score, b, h, q_idx + first, kv_idx)
 
     return at_positions
-
-
-def _at_heads(score_mod: ScoreMod, heads: Sequence[int], device: torch.device) -> ScoreMod:
-    """A score_mod of query heads as one of the heads of a launch."""
-    table = padded(torch.tensor(heads, device=device))
-
-    def at_heads(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return score_mod(score, b, table[h], q_idx, kv_idx)
-
-    return at_heads
-
-
-def _in_head_order(parts: Sequence[Tensor], heads: Sequence[int]) -> Tensor:
-    """Concatenate per-launch results and put head i back at place i."""
-    joined = torch.cat(list(parts), 1)
-    if list(heads) == sorted(heads):
-        return joined
-    places = torch.tensor(heads, device=joined.device).argsort()
-    return joined.index_select(1, places)

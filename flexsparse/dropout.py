@@ -13,18 +13,80 @@ Constants: hash-prospector's best two-round 32-bit hash (C. Wellons, public doma
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from flexsparse.errors import MaskError
 
+ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
 WORD = 0xFFFFFFFF
 MULTIPLY = (0x21F0AAAD, 0x735A2D97)
 # the two halves of a key differ by where they start; digits of pi
 START = (0x243F6A88, 0x13198A2E)
 OUTCOMES = 1 << 31  # a weight is compared as a 31-bit number, which fits every signed width
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """Dropout of attention weights: each is dropped with chance p, the others divided by 1 - p.
+
+    p: in (0, 1)
+    seed: 64 bits
+    heads: the query head that each head of a launch stands for; None where they are the same
+    """
+
+    p: float
+    seed: int | Tensor
+    heads: Tensor | None = None
+
+    @classmethod
+    def of(cls, dropout_p: float, seed: int | Tensor | None) -> Dropout | None:
+        """What a caller asked for: None for no dropout; a seed not given is drawn from torch's."""
+        refuse_bad_dropout(dropout_p)
+        if isinstance(seed, Tensor) and (seed.dim() or seed.is_floating_point()):
+            raise MaskError(
+                f"dropout_seed is a {seed.dtype} tensor {tuple(seed.shape)}; give an int or a 0-d "
+                "integer tensor."
+            )
+        if not dropout_p:
+            return None
+        return cls(dropout_p, fresh_seed() if seed is None else seed)
+
+    def of_heads(self, heads: Sequence[int], device: torch.device) -> Dropout:
+        """The same dropout for a launch whose head i is query head heads[i]."""
+        if tuple(heads) == tuple(range(len(heads))):
+            return self
+        return replace(self, heads=torch.tensor(heads, device=device))
+
+    def kept(
+        self,
+        b: int | Tensor,
+        h: Tensor,
+        q_idx: Tensor,
+        kv_idx: Tensor,
+        width: torch.dtype = torch.int64,
+    ) -> Tensor:
+        """`is_kept` of a launch's own heads."""
+        h = h if self.heads is None else self.heads[h]
+        return is_kept(self.seed, self.p, b, h, q_idx, kv_idx, width=width)
+
+    def dropping(self, score_mod: ScoreMod | None, device: torch.device) -> ScoreMod:
+        """A score_mod, or none, followed by -inf for the scores of dropped weights."""
+        # as a tensor, a new seed compiles nothing
+        seed = torch.as_tensor(self.seed, dtype=torch.int64, device=device)
+        dropout = replace(self, seed=seed)
+
+        def drop(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+            if score_mod is not None:
+                score = score_mod(score, b, h, q_idx, kv_idx)
+            return torch.where(dropout.kept(b, h, q_idx, kv_idx), score, -math.inf)
+
+        return drop
 
 
 def is_kept(
@@ -56,20 +118,6 @@ def is_kept(
         key1, key2, column = (_as_int32(x) for x in (key1, key2, kv_idx.to(torch.int64)))
     x = _mix(_word(column + key1), key2)
     return ((x >> 1) & (OUTCOMES - 1)) >= round(dropout_p * OUTCOMES)
-
-
-def dropout_mask_mod(seed: int | Tensor, dropout_p: float) -> Callable[..., Tensor]:
-    """`is_kept` as a FlexAttention mask_mod (b, h, q_idx, kv_idx) -> bool.
-
-    Used as a mask it drops scores, not weights: the softmax is then over what is left. For dropout
-    on weights, divide by the softmax of the undropped scores: out = sum(kept * p * v) / (1 - p).
-    """
-    refuse_bad_dropout(dropout_p)
-
-    def kept(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return is_kept(seed, dropout_p, b, h, q_idx, kv_idx)
-
-    return kept
 
 
 def refuse_bad_dropout(dropout_p: float) -> None:

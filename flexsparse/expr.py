@@ -280,6 +280,24 @@ class Mask(Expr):
         assert isinstance(moved, Mask)
         return moved
 
+    def to(self, device: torch.device | str) -> Mask:
+        """The same mask with its tables on a device; the tables of this one stay where they are."""
+        if self.opaque_operators:
+            raise MaskError(
+                f"A mask with {self.opaque_operators[0]}, which flexsparse has no rule for, cannot "
+                "be moved. Move the tensors of the mask_mod function, and trace it again."
+            )
+        moved: dict[int, Expr] = {}
+        for node in postorder(self):
+            payload = node.payload
+            if isinstance(payload, Table):
+                payload = Table(payload.tensor.to(device))
+            args = tuple(moved[id(arg)] for arg in node.args)
+            moved[id(node)] = replace(node, args=args, payload=payload)
+        result = moved[id(self)]
+        assert isinstance(result, Mask)
+        return result
+
     def __and__(self, other: Mask) -> Mask:
         return Mask("&", (self, _as_mask(other, "&")))
 

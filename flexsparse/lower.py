@@ -99,6 +99,36 @@ def lower(
     return mask_mod
 
 
+class LoweredMask:
+    """A lowered mask as an object, which prints, compares by identity and can be pickled.
+
+    It is the mask_mod of a public BlockMask: a function made from source cannot be pickled.
+    """
+
+    def __init__(
+        self, mask: Mask, device: torch.device, q_offset: int = 0, wide: bool = False
+    ) -> None:
+        self._arguments = (mask, device, q_offset, wide)
+        self._mask_mod = lower(mask, device, q_offset, wide=wide)
+
+    def __call__(self, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        """The mask at row numbers."""
+        return self._mask_mod(b, h, q_idx, kv_idx)
+
+    def to(self, device: torch.device | str) -> LoweredMask:
+        """The same mask_mod on a device."""
+        mask, _, q_offset, wide = self._arguments
+        device = torch.empty(0, device=device).device
+        return LoweredMask(mask.to(device), device, q_offset, wide)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return LoweredMask, self._arguments
+
+    def __repr__(self) -> str:
+        mask, device, q_offset, _ = self._arguments
+        return f"mask_mod of {mask.name}, query row 0 at position {q_offset}, on {device}"
+
+
 TEXT_READING = {
     "~": "~{}",
     "abs": "abs({})",

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from flexsparse.cost import bytes_text, flops_text
+from flexsparse.executors import flex
 from flexsparse.heads import head_ranges
 
 if TYPE_CHECKING:
     from flexsparse.compiler import CompiledMask
 
 NAME_WIDTH = 56
+HEAD_DIM = 128  # a mask knows neither head_dim nor dtype; costs are shown for these
+ELEMENT_SIZE = 2
 
 
 def text(compiled: CompiledMask) -> str:
@@ -21,18 +25,21 @@ def text(compiled: CompiledMask) -> str:
         f"blocks of {q_block} x {kv_block}, {compiled.device}"
     )
     rows: list[tuple[str, ...]] = [
-        ("heads", "mask", "executor", "computed", "of them full", "of all blocks")
+        ("heads", "mask", "executor", "blocks", "of them full", "of all blocks", "FLOPs", "bytes")
     ]
     for launch in compiled.launches:
         classes = launch.classes
+        of_launch = launch.cost(HEAD_DIM, ELEMENT_SIZE)
         rows.append(
             (
                 "all" if compiled.n_heads is None else head_ranges(launch.heads).split(" ", 1)[1],
                 shorten(launch.mask.name, NAME_WIDTH),
                 launch.usual_executor,
-                f"{classes.blocks:,} blocks",
-                f"{classes.full.blocks:,}",
+                f"{of_launch.blocks:,}",
+                f"{classes.full.blocks * of_launch.blocks // max(classes.blocks, 1):,}",
                 f"{classes.density:.2%}",
+                flops_text(of_launch.flops),
+                bytes_text(of_launch.bytes),
             )
         )
     evaluated = sum(launch.classes.evaluated for launch in compiled.launches)
@@ -51,11 +58,16 @@ def text(compiled: CompiledMask) -> str:
         for launch in compiled.launches
         if (operators := launch.mask.opaque_operators)
     ]
+    no_flex = flex.missing(compiled.device)
+    if no_flex is not None:
+        closing.append(f"Heads run on blockwise that would run on flex: {no_flex}.")
     if compiled.device.type == "cpu" and any(x.usual_executor == "flex" for x in compiled.launches):
         closing.append(
-            "With gradients or return_lse, flex heads run on blockwise: flex has neither on CPU."
+            "Gradients, dropout and return_lse run on blockwise: flex has none of them on CPU."
         )
+    of_each = "head" if compiled.n_heads is None else "batch row"
     closing += [
+        f"FLOPs and bytes: one forward pass of a {of_each}, head_dim {HEAD_DIM}, 16 bits.",
         f"All heads compute {density:.2%} of the blocks of dense attention.",
         f"Compiled in {compiled.compile_seconds * 1e3:.1f} ms: {proved}.",
     ]

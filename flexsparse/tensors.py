@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
+
+from flexsparse.errors import MaskError
 
 
 class Table:
@@ -22,6 +24,10 @@ class Table:
         self.tensor = tensor
         self.origins = origins
         self._version = self._current_version()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # the count of writes starts anew in a loaded tensor
+        return Table, (self.tensor, self.origins)
 
     def _current_version(self) -> int | None:
         # inference tensors do not count their versions
@@ -87,6 +93,12 @@ class Opaque:
     tables: tuple[Table, ...]
     is_elementwise: bool
     call: Callable[..., Tensor] = field(compare=False)
+
+    def __reduce__(self) -> NoReturn:
+        raise MaskError(
+            f"A mask with {self.name}, which flexsparse has no rule for, cannot be pickled. Pickle "
+            "the mask_mod function, and call from_mask_mod where it is loaded."
+        )
 
 
 def _lookup(table: Table, *indices: Any) -> Tensor:

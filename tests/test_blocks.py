@@ -1,10 +1,23 @@
+import pickle
+
 import pytest
 import torch
 from hypothesis import given, settings
 from oracles import assert_same_lists, grids, masks
-from torch.nn.attention.flex_attention import create_block_mask
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.utils import _pytree as pytree
 
-from flexsparse import b, compile_mask, h, kv_idx, lookup, per_head, q_idx
+from flexsparse import (
+    MaskError,
+    b,
+    compile_mask,
+    from_mask_mod,
+    h,
+    kv_idx,
+    lookup,
+    per_head,
+    q_idx,
+)
 from flexsparse.blocks import block_mask, write_kept_blocks
 from flexsparse.classify import Grid, classify
 from flexsparse.lower import lower
@@ -135,3 +148,85 @@ def test_torch_methods_work_on_a_compact_mask():
     assert torch.equal(mask.to_dense(), theirs.to_dense())
     assert str(mask) == str(theirs)
     assert mask.sparsity() == theirs.sparsity()
+
+
+def same_mask(mine, theirs):
+    assert mine.shape == theirs.shape
+    assert mine.seq_lengths == theirs.seq_lengths
+    assert torch.equal(mine.to_dense(), theirs.to_dense())
+
+
+@pytest.mark.parametrize("lengths", [(1000, 1000), (700, 900), (900, 700), (128, 128), (1, 1)])
+def test_a_cropped_mask_is_that_of_the_corner(lengths):
+    """torch 2.13's own crop counts wrong blocks where a row does not begin at block 0."""
+    pattern = per_head([causal & window(200), (kv_idx - q_idx).equals(300)])
+    whole = compile_mask(pattern, 1000, 1000, q_offset=0).block_mask
+    crop = whole._adjust(*lengths)
+    assert crop.shape == (1, 2, *lengths)
+    kept = [x.to_dense()[..., : -(-lengths[0] // 128), : -(-lengths[1] // 128)] for x in (whole,)]
+    assert torch.equal(crop.to_dense(), kept[0])
+    of_keys = torch.zeros_like(crop.to_dense())
+    for counts, lists in (
+        (crop.q_num_blocks, crop.q_indices),
+        (crop.full_q_num_blocks, crop.full_q_indices),
+    ):
+        for head, column in torch.cartesian_prod(torch.arange(2), torch.arange(counts.shape[2])):
+            of_keys[0, head, lists[0, head, column, : counts[0, head, column]].long(), column] = 1
+    assert torch.equal(of_keys, crop.to_dense())
+
+
+@pytest.mark.parametrize(
+    "index",
+    [(slice(None), slice(None), slice(2, 4)), (0, 1), (0, slice(0, 2), torch.tensor([3, 0]))],
+    ids=str,
+)
+def test_slicing_a_compact_mask_is_slicing_torchs(index):
+    masks = per_head([causal, causal & window(200)])
+    mine = compile_mask(masks, 1000, 1000).block_mask
+    theirs = create_block_mask(mine.mask_mod, None, 2, 1000, 1000, "cpu")
+    same_mask(mine[index], theirs[index])
+
+
+def test_a_compact_mask_moves_and_flattens():
+    mask = compile_mask(causal & window(200), 1000, 1000).block_mask
+    same_mask(mask.to("cpu"), mask)
+    assert mask.to("meta").kv_indices.device.type == "meta"
+    leaves, context = mask._flatten()
+    same_mask(BlockMask._unflatten(leaves, context), mask)
+    # as a user registers it who wants BlockMasks in trees
+    if BlockMask not in pytree.SUPPORTED_NODES:
+        pytree.register_pytree_node(BlockMask, BlockMask._flatten, BlockMask._unflatten)
+    again = pytree.tree_map(lambda x: x, {"mask": mask})["mask"]
+    same_mask(again, mask)
+    assert again.mask_mod is mask.mask_mod
+
+
+def test_masks_and_block_masks_are_pickled():
+    ids = torch.arange(900) // 200
+    masks = per_head([causal & window(200), causal & same_document(ids)])
+    attend = compile_mask(masks, 700, 900)
+    mask = pickle.loads(pickle.dumps(attend.block_mask))
+    same_mask(mask, attend.block_mask)
+    rebuilt = create_block_mask(mask.mask_mod, None, 2, 700, 900, "cpu")
+    same_mask(mask, rebuilt)
+    again = pickle.loads(pickle.dumps(attend))
+    assert (again.masks, again.q_offset) == (attend.masks, 200)
+    same_mask(again.block_mask, attend.block_mask)
+    unknown = from_mask_mod(lambda b, h, q, k: torch.sin(q.float()) > k.float())
+    with pytest.raises(MaskError, match=r"sin, which flexsparse has no rule for"):
+        pickle.dumps(compile_mask(unknown, 64, 64))
+
+
+def test_a_window_over_a_million_tokens_is_a_few_megabytes():
+    mask = compile_mask(causal & window(1000), 1 << 20, 1 << 20).block_mask
+    stored = {
+        x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
+        for x in vars(mask).values()
+        if isinstance(x, torch.Tensor)
+    }
+    assert sum(stored.values()) < 3e6
+    pickled = pickle.dumps(mask)
+    assert len(pickled) < 3e6
+    again = pickle.loads(pickled)
+    assert again.kv_indices.shape == mask.kv_indices.shape == (1, 1, 8192, 8192)
+    assert again.kv_indices.untyped_storage().nbytes() < 3e6

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
+from torch.nn.attention.flex_attention import BlockMask
 
-from flexsparse.dropout import dropout_mask_mod, is_kept
+from flexsparse.dropout import Dropout, is_kept
 from flexsparse.errors import ExecutorError, MaskError
 from flexsparse.executors import blockwise, modifiers, schedule
 
@@ -94,8 +94,7 @@ def gradients(out, lse, inputs):
 
 
 def assert_agrees(inputs, block_mask, kept, dropout=None, score_mod=None, extra=(), scale=None):
-    p, seed = dropout or (0.0, None)
-    given = {"dropout_p": p, "seed": seed, "score_mod": score_mod, "scale": scale}
+    given = {"dropout": dropout and Dropout(*dropout), "score_mod": score_mod, "scale": scale}
     out, lse = blockwise.run(*inputs, block_mask, return_lse=True, **given)
     expected, expected_lse = attend_densely(*inputs, kept, score_mod, scale, dropout)
     torch.testing.assert_close(out, expected)
@@ -203,7 +202,7 @@ def test_low_precision_is_as_exact_as_dense_attention_in_it(dtype):
 def test_gradients_agree_with_finite_differences():
     classes = random_lists(1, 2, 7, 9, (4, 2))
     block_mask = as_block_mask(classes, (7, 9), (4, 2), CAUSAL)
-    run = lambda q, k, v: blockwise.run(q, k, v, block_mask, dropout_p=0.2, seed=1)[0]  # noqa: E731
+    run = lambda q, k, v: blockwise.run(q, k, v, block_mask, dropout=Dropout(0.2, 1))[0]  # noqa: E731
     assert torch.autograd.gradcheck(run, random_inputs(1, 2, 1, 7, 9, d=3, dv=2))
 
 
@@ -236,7 +235,7 @@ def test_dropout_without_a_seed_follows_manual_seed():
     outs = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        outs.append(blockwise.run(*inputs, block_mask, dropout_p=0.5)[0])
+        outs.append(blockwise.run(*inputs, block_mask, dropout=Dropout.of(0.5, None))[0])
     assert outs[0].equal(outs[1])
     assert not outs[0].equal(outs[2])
 
@@ -321,12 +320,13 @@ def test_dropout_bits_never_change():
     assert "".join(str(int(x)) for x in kept) == "1110101100110001"
 
 
-def test_dropout_is_a_mask_mod():
-    block_mask = create_block_mask(dropout_mask_mod(7, 0.3), None, None, 256, 256, device="cpu")
-    kept = create_mask(dropout_mask_mod(7, 0.3), 2, 3, 40, 50, device="cpu")
-    index = torch.meshgrid(*map(torch.arange, (2, 3, 40, 50)), indexing="ij")
-    assert kept.equal(is_kept(7, 0.3, *index))
-    assert block_mask.kv_num_blocks.eq(2).all()
+def test_dropout_drops_scores_as_a_score_mod():
+    doubled = lambda score, b, h, q_idx, kv_idx: score * 2  # noqa: E731
+    dropout = Dropout(0.3, 7).of_heads([5, 2], torch.device("cpu"))
+    b, h, q_idx, kv_idx = torch.meshgrid(*map(torch.arange, (2, 2, 40, 50)), indexing="ij")
+    score = dropout.dropping(doubled, q_idx.device)(torch.ones(()), b, h, q_idx, kv_idx)
+    kept = is_kept(7, 0.3, b, torch.tensor([5, 2])[h], q_idx, kv_idx)
+    assert score.equal(torch.where(kept, 2.0, -math.inf))
 
 
 def wrong(**changes):
@@ -357,7 +357,7 @@ def test_a_mistake_is_named(changes, text):
 @pytest.mark.parametrize("p", [1.0, -0.1, math.nan])
 def test_dropout_outside_its_range_is_refused(p):
     with pytest.raises(MaskError, match=rf"dropout_p={p} .* 0 <= dropout_p < 1"):
-        blockwise.run(**wrong(), dropout_p=p)
+        Dropout.of(p, None)
 
 
 def test_what_cannot_run_says_why():

@@ -237,7 +237,7 @@ def test_dynamo_giving_up_is_noticed(monkeypatch):
     attend = compile_mask(causal & window(7), 64, 64)
     attend(q, k, v)
     with pytest.raises(flex._GaveUpError):
-        flex._attend_compiled(q, k, v, attend.launches[0].block_mask, None, None, False)
+        flex._attend_compiled(q, k, v, attend.launches[0].block_mask((0,)), None, None, False)
 
 
 def test_a_single_head_is_one_head():
@@ -352,7 +352,7 @@ def test_masks_can_be_pickled():
 def test_the_reference_is_differentiable_in_float64():
     q, k, v = (x.double().requires_grad_() for x in inputs(5, 7, n_kv_heads=2, dim=3, v_dim=2))
     attend = compile_mask(causal & window(4), 5, 7)
-    mod = attend.launches[0].block_mask.mask_mod
+    mod = attend.block_mask.mask_mod
     assert torch.autograd.gradcheck(lambda *x: reference.run(*x, mod)[0], (q, k, v))
 
 

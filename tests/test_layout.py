@@ -17,18 +17,23 @@ ORDER = [
     {"errors"},
     {"tensors", "bits"},
     {"expr"},
-    {"text", "heads", "pyramid", "naming"},
+    {"text", "heads", "pyramid", "naming", "normal_form", "unify"},
     {"interval"},
     {"classify", "tracing"},
-    {"validate", "blocks"},
+    {"validate", "blocks", "cost"},
     {"lower"},
     {"executors", "dropout"},
     {"launch"},
+    {"grouping", "dispatch"},
     {"report", "inputs", "progress"},
     {"compiler"},
     {"terminal", "drop_in", "cases", "gaps", "checks", "difference", "explanation"},
+    {"drawing", "packing", "varlen"},
+    {"compat", "plan", "plan_json", "integrations"},
     {"__init__", "commands"},
 ]
+# the pattern library is written in the compiler's public names, so these come after both
+AFTER_MASKS = ("compat", "plan", "plan_json", "integrations", "commands")
 
 
 def imports(path: Path) -> set[str]:
@@ -56,8 +61,8 @@ def test_imports_point_one_way(path):
 
 def test_the_compiler_knows_no_pattern_by_name():
     for path in CODE:
-        module = path.relative_to(ROOT / "flexsparse").parts[0]
-        assert module == "commands" or "masks" not in imports(path), path
+        module = path.relative_to(ROOT / "flexsparse").parts[0].removesuffix(".py")
+        assert module in AFTER_MASKS or "masks" not in imports(path), path
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "masks").glob("*.py")), ids=lambda p: p.name)

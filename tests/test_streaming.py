@@ -30,7 +30,13 @@ if RUNS_HERE:
     import triton.language as tl
 
     from flexsparse.errors import ExecutorError
-    from flexsparse.executors import streaming, streaming_decode, streaming_kernels
+    from flexsparse.executors import (
+        streaming,
+        streaming_decode,
+        streaming_kernels,
+        streaming_ops,
+        streaming_tiles,
+    )
     from flexsparse.executors.streaming import streaming_attention
 
     schedule = streaming_kernels.schedule
@@ -169,7 +175,7 @@ def test_an_empty_row_is_zero_and_its_lse_minus_infinity():
 @here
 @pytest.mark.parametrize("max_sink", [None, 0, 33, 500])
 def test_sink_gradients_do_not_depend_on_how_rows_are_cut(monkeypatch, max_sink):
-    monkeypatch.setattr(streaming, "MIN_CHUNK", 64)
+    monkeypatch.setattr(streaming_tiles, "MIN_CHUNK", 64)
     tensors, sink, window = inputs(300, 300, 2, 1, 32, 32), numbers([40, 100]), numbers([16, 80])
     mine = run(
         streaming_attention, tensors, sink, window, max_sink=max_sink, softcap=4.0, return_lse=True
@@ -179,7 +185,7 @@ def test_sink_gradients_do_not_depend_on_how_rows_are_cut(monkeypatch, max_sink)
 
 @here
 def test_gradients_have_the_same_bits_on_every_run(monkeypatch):
-    monkeypatch.setattr(streaming, "MIN_CHUNK", 64)
+    monkeypatch.setattr(streaming_tiles, "MIN_CHUNK", 64)
     args = (inputs(200, 200, 2, 1, 32, 32), numbers([40, 100]), numbers([16, 80]))
     first, second = (run(streaming_attention, *args, return_lse=True) for _ in range(2))
     assert all(x.equal(y) for x, y in zip(first, second, strict=True))
@@ -198,7 +204,7 @@ def test_strided_inputs_of_a_batch_are_read_in_place():
 @here
 @pytest.mark.parametrize(("q_lens", "kv_lens"), [((70, 1, 0, 130), None), ((33, 100), (90, 64))])
 def test_packed_sequences_equal_each_alone(monkeypatch, q_lens, kv_lens):
-    monkeypatch.setattr(streaming, "MIN_CHUNK", 64)
+    monkeypatch.setattr(streaming_tiles, "MIN_CHUNK", 64)
     kv_lens = kv_lens or q_lens
     cu = [numbers([0, *torch.tensor(lens).cumsum(0).tolist()]) for lens in (q_lens, kv_lens)]
     tensors, sink, window = (
@@ -290,7 +296,7 @@ def test_torch_sees_well_formed_operators():
     q, k, v = inputs(33, 40, 2, 1, 32, 32)
     sink, window = numbers([4, 2]), numbers([16, 3])
     forward = (q, k, v, sink, window, None, None, None, 0.2, 0.0, 16)
-    torch.library.opcheck(streaming.streaming_forward, forward)
+    torch.library.opcheck(streaming_ops.streaming_forward, forward)
     q, k, v = q.detach()[:, :, :1], k.detach(), v.detach()
     decode = (q, k, v, sink, window, None, None, None, 0.2, 0.0)
     torch.library.opcheck(streaming_decode.streaming_decode, decode)

@@ -19,7 +19,13 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from flexsparse.executors import streaming, streaming_decode, streaming_kernels  # noqa: E402
+from flexsparse.executors import (  # noqa: E402
+    streaming_backward,
+    streaming_decode,
+    streaming_kernels,
+    streaming_ops,
+    streaming_tiles,
+)
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program may ask for
@@ -44,7 +50,7 @@ class Recorder:
 @pytest.fixture
 def launches(monkeypatch):
     recorded = []
-    for module in (streaming_kernels, streaming_decode):
+    for module in (streaming_kernels, streaming_backward, streaming_decode):
         for name in [n for n in vars(module) if re.fullmatch(r"streaming_\w+_kernel", n)]:
             monkeypatch.setattr(module, name, Recorder(getattr(module, name), recorded))
     return recorded
@@ -124,13 +130,13 @@ CASES = [
 def test_every_tile_size_compiles_without_spills(
     launches, monkeypatch, tmp_path, arch, d, dv, group_size, packed, softcap
 ):
-    monkeypatch.setattr(streaming, "architecture", lambda device: arch)
-    monkeypatch.setattr(streaming, "MIN_CHUNK", 64)  # so that the partial dkdv launch happens
+    monkeypatch.setattr(streaming_tiles, "architecture", lambda device: arch)
+    monkeypatch.setattr(streaming_tiles, "MIN_CHUNK", 64)  # so that the partial dkdv launch happens
     q, k, v, sink, window = tensors(d, dv, group_size, torch.bfloat16)
     cu = torch.tensor([0, 128], dtype=torch.int32) if packed else None
     rest = (sink, window, None, cu, cu, 0.1, softcap, 64)
-    out, lse = streaming.streaming_forward(q, k, v, *rest)
-    streaming.streaming_backward(out, lse, q, k, v, out, lse, *rest)
+    out, lse = streaming_ops.streaming_forward(q, k, v, *rest)
+    streaming_ops.streaming_backward(out, lse, q, k, v, out, lse, *rest)
     if group_size > 1 and d == dv:  # the dkdv kernel is the same for every group size
         launches[:] = [x for x in launches if "dkdv" not in x[0].__name__]
     check(launches, arch, tmp_path)

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask, noop_mask
 
-from flexsparse import dropout
+from flexsparse.dropout import Dropout
 from flexsparse.errors import ExecutorError, MaskError
 from flexsparse.executors.modifiers import LOG2_E, LOWEST, Call, captured_by
 from flexsparse.executors.schedule import Sizes
@@ -40,8 +40,7 @@ def run(
     mask_mod: Mod | None = None,
     scale: float | None = None,
     score_mod: Mod | None = None,
-    dropout_p: float = 0.0,
-    seed: int | Tensor | None = None,
+    dropout: Dropout | None = None,
     return_lse: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention over the blocks that block_mask lists, and its LSE or None; differentiable, both.
@@ -54,18 +53,14 @@ def run(
         mask_mod: what is kept inside PARTIAL blocks, of raw indices; block_mask's by default.
         scale: of the scores; 1 / sqrt(D) by default.
         score_mod: as in FlexAttention; tensors that it captures receive gradients too.
-        dropout_p: the chance to drop a weight, in [0, 1); kept ones are divided by 1 - dropout_p.
-        seed: of the dropout, 64 bits; drawn from torch's generator by default.
+        dropout: of the weights.
         return_lse: give the LSE of the undropped softmax: float32, natural log, -inf where a row
             keeps nothing (and out is 0).
     """
     refuse_mistakes(q, k, v, block_mask)
-    dropout.refuse_bad_dropout(dropout_p)
     reason = unsupported(q, k, v, block_mask.BLOCK_SIZE)
     if reason is not None:
         raise ExecutorError(f'executor="blockwise" cannot run this call: {reason}.')
-    if seed is None:
-        seed = dropout.fresh_seed() if dropout_p else 0
     mask_mod = block_mask.mask_mod if mask_mod is None else mask_mod
     lengths = zip(block_mask.BLOCK_SIZE, (q.shape[2], k.shape[2]), strict=True)
     block_q, block_kv = (min(block, max(length, 1)) for block, length in lengths)
@@ -84,8 +79,7 @@ def run(
         scale=q.shape[3] ** -0.5 if scale is None else scale,
         mask_mod=None if mask_mod is noop_mask else mask_mod,
         score_mod=score_mod,
-        dropout_p=dropout_p,
-        seed=seed,
+        dropout=dropout,
     )
     captured = captured_by(score_mod, q) if score_mod and torch.is_grad_enabled() else []
     out, lse = _Blockwise.apply(call, q, k, v, *captured)  # type: ignore[no-untyped-call]
@@ -207,8 +201,9 @@ class _Blockwise(torch.autograd.Function):
                 new_top = torch.maximum(new_top, old_top)
             p = s.sub_(new_top.view(*s.shape[:3], 1)).exp2_()
             new_mass = p.sum(-1).view(-1, block_q, 1)
-            if call.dropout_p:
-                p = p.mul_(call.kept(batch, dtype))
+            factor = call.drop_factor(batch, dtype)
+            if factor is not None:
+                p = p.mul_(factor)
             new_out = torch.bmm(p.reshape(flat), vs, out=scratch("o", *flat[:2], v.shape[3]))
             new_out = new_out.view(-1, block_q, v.shape[3])
             if not batch.work.is_first:
@@ -268,9 +263,9 @@ class _Blockwise(torch.autograd.Function):
             s = call.hide(s, batch)
             p = s.sub_(level.index_select(0, at.q_block).view(*shape[:3], 1)).exp2_()
             dropped = p
-            if call.dropout_p:
-                kept = call.kept(batch, dtype)
-                grad_s, dropped = grad_s.mul_(kept), kept.mul_(p)
+            factor = call.drop_factor(batch, dtype)
+            if factor is not None:
+                grad_s, dropped = grad_s.mul_(factor), factor.mul_(p)
             grad_s.sub_(delta.index_select(0, at.q_block).view(*shape[:3], 1)).mul_(p)
             grad_vs = torch.bmm(dropped.reshape(flat).mT, os, out=scratch("grad_v", *vs.shape))
             _add_blocks(grad_v, at.kv_block, grad_vs)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import os
+import shutil
+import sys
 import types
 from collections.abc import Callable
 from typing import Any
@@ -11,18 +15,50 @@ from torch import Tensor
 from torch.nn.attention import flex_attention as torch_flex
 from torch.nn.attention.flex_attention import BlockMask
 
+from flexsparse.dropout import Dropout
+
 KEY_LENGTH = 16
 
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-def unsupported(q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool) -> str | None:
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def missing(device: torch.device) -> str | None:
+    """Why flex_attention cannot be compiled on this machine, as a sentence, or None if it can."""
+    return _missing_on_cpu() if device.type == "cpu" else None
+
+
+@functools.cache
+def _missing_on_cpu() -> str | None:
+    if sys.platform == "darwin" or not torch.cpu._is_avx2_supported():
+        return "flex_attention on CPU needs an x86 processor with AVX2, under Linux or Windows"
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        from torch._inductor.cpp_builder import get_cpp_compiler  # slow to import
+
+        try:
+            get_cpp_compiler()
+        except Exception:  # of a type that depends on the platform
+            return (
+                "flex_attention on CPU needs a C++ compiler, and there is none: install g++, or "
+                "name yours in the environment variable CXX"
+            )
+    return None
+
+
+def unsupported(
+    q: Tensor, k: Tensor, v: Tensor, *, dropout: Dropout | None = None, return_lse: bool = False
+) -> str | None:
     """Why flex_attention cannot run these inputs, as a sentence, or None if it can."""
+    reason = missing(q.device)
+    if reason is not None:
+        return reason
     if q.device.type == "cpu":
         if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
             return "flex_attention has no backward on CPU, and an input requires a gradient"
         if return_lse:
             return "flex_attention returns no LSE on CPU"
+        if dropout is not None:
+            return "dropout needs the LSE, and flex_attention returns none on CPU"
         if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"flex_attention on CPU takes float32, bfloat16 and float16, and q is {q.dtype}"
     elif q.device.type == "cuda":
@@ -42,9 +78,14 @@ def run(
     *,
     scale: float | None = None,
     score_mod: ScoreMod | None = None,
+    dropout: Dropout | None = None,
     return_lse: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention with a BlockMask: out [B, n_heads, q_len, Dv], LSE [B, n_heads, q_len] or None."""
+    if dropout is not None:
+        return _run_dropped(
+            q, k, v, block_mask, dropout, scale=scale, score_mod=score_mod, return_lse=return_lse
+        )
     if torch.compiler.is_compiling():
         # A compiler above us is at work: hand it the plain operator. Inductor's CPU kernel ignores
         # the storage offset of a view made inside the graph (torch 2.13), so it gets no views.
@@ -77,6 +118,33 @@ def run(
             raise
         _fixed_lengths.add(key)
     return run(q, k, v, block_mask, scale=scale, score_mod=score_mod, return_lse=return_lse)
+
+
+def _run_dropped(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_mask: BlockMask,
+    dropout: Dropout,
+    *,
+    scale: float | None,
+    score_mod: ScoreMod | None,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Dropout by two passes, since flex_attention has none: softmax over what is left, rescaled.
+
+    sum(kept p v) / (1 - p_drop) = softmax(kept s) v * exp(lse of kept s - lse of s) / (1 - p_drop)
+    """
+    _, lse = run(q, k, v, block_mask, scale=scale, score_mod=score_mod, return_lse=True)
+    dropping = dropout.dropping(score_mod, q.device)
+    out, kept_lse = run(q, k, v, block_mask, scale=scale, score_mod=dropping, return_lse=True)
+    assert lse is not None
+    assert kept_lse is not None
+    # in a row with nothing left the out is 0, and a finite difference keeps its gradient from NaN
+    is_empty = kept_lse == -torch.inf
+    part = (kept_lse.masked_fill(is_empty, 0) - lse.masked_fill(is_empty, 0)).exp()
+    out = (out * (part / (1 - dropout.p)).unsqueeze(-1)).to(q.dtype)
+    return out, lse if return_lse else None
 
 
 _kernels: dict[Any, Callable[..., Any]] = {}

@@ -13,7 +13,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from flexsparse.dropout import is_kept
+from flexsparse.dropout import Dropout
 from flexsparse.executors.schedule import (
     FULL,
     PAD,
@@ -56,8 +56,7 @@ class Call:
     scale: float
     mask_mod: Callable[..., Tensor] | None
     score_mod: Callable[..., Tensor] | None
-    dropout_p: float
-    seed: int | Tensor
+    dropout: Dropout | None
 
     @property
     def unit(self) -> float:
@@ -129,11 +128,11 @@ class Call:
             edge.masked_fill_(batch.hidden > 0, -HIDDEN)
         return s
 
-    def kept(self, batch: Batch, dtype: torch.dtype) -> Tensor:
-        """0 where dropout drops a weight, 1 / (1 - dropout_p) elsewhere."""
-        kept = is_kept(
-            self.seed,
-            self.dropout_p,
+    def drop_factor(self, batch: Batch, dtype: torch.dtype) -> Tensor | None:
+        """0 where dropout drops a weight, 1 / (1 - p) elsewhere; None without dropout."""
+        if self.dropout is None:
+            return None
+        kept = self.dropout.kept(
             batch.at.b[:, None, None, None],
             batch.at.h[:, :, None, None],
             batch.q_idx[:, None, :, None],
@@ -141,7 +140,7 @@ class Call:
             # eager integer arithmetic wraps
             width=torch.int32,
         )
-        return kept.to(dtype).div_(1 - self.dropout_p)
+        return kept.to(dtype).div_(1 - self.dropout.p)
 
 
 def over_indices(mod: Mod, scores: int = 0) -> Mod:

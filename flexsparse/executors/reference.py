@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from flexsparse.dropout import Dropout
+
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -20,6 +22,7 @@ def run(
     *,
     scale: float | None = None,
     score_mod: ScoreMod | None = None,
+    dropout: Dropout | None = None,
 ) -> tuple[Tensor, Tensor]:
     """softmax(score_mod(scale * q k^T) where mask_mod) v, computed densely in float32.
 
@@ -32,6 +35,7 @@ def run(
         mask_mod: of (b, h, q_idx, kv_idx), where q_idx counts rows of q.
         scale: of the scores; 1 / sqrt(D) by default.
         score_mod: of (score, b, h, q_idx, kv_idx), on the scaled scores.
+        dropout: of the weights, after the softmax.
 
     Returns:
         out [B, n_heads, q_len, Dv] in q's dtype; LSE [B, n_heads, q_len] in float32, natural log.
@@ -51,4 +55,6 @@ def run(
     lse = scores.logsumexp(-1)
     # rows without a key: exp(-inf - 0) = 0, where -inf - -inf would be NaN
     weights = (scores - lse.masked_fill(lse == -math.inf, 0)[..., None]).exp()
+    if dropout is not None:
+        weights = weights * dropout.kept(b, h, q_idx, kv_idx) / (1 - dropout.p)
     return (weights @ values).to(q.dtype), lse.float()

@@ -15,7 +15,12 @@ CAUSAL = kv_idx <= q_idx
 
 
 def unsupported(
-    mask: Mask, grid: Grid, *, score_mod: object | None = None, return_lse: bool = False
+    mask: Mask,
+    grid: Grid,
+    *,
+    score_mod: object | None = None,
+    dropout: object | None = None,
+    return_lse: bool = False,
 ) -> str | None:
     """Why scaled_dot_product_attention cannot run this mask, as a sentence, or None if it can."""
     # torch's is_causal counts both positions from 0
@@ -23,6 +28,8 @@ def unsupported(
         return "the mask is neither full nor causal from position 0"
     if score_mod is not None:
         return "scaled_dot_product_attention takes no score_mod"
+    if dropout is not None:
+        return "the dropout of scaled_dot_product_attention follows another generator"
     if return_lse:
         return "scaled_dot_product_attention returns no LSE"
     return None

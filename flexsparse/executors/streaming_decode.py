@@ -11,8 +11,6 @@ prefill from pages. No gradients: nobody trains through a KV cache.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -20,15 +18,17 @@ from torch import Tensor
 
 from flexsparse.executors.streaming_kernels import (
     FAR,
-    LN2,
     LOWEST,
     forward_tile,
     key_tile,
     load_rows,
     needs_mask,
+    no_keys_yet,
+    out_and_lse,
     schedule,
     store_rows,
 )
+from flexsparse.executors.streaming_tiles import cdiv, dims, padded, score_factors, strides
 
 DECODE_ROWS = 64  # up to this many rows (query rows x heads of a group) splitting pays
 DECODE_PROGRAMS = 264  # splits are made up to so many: two a multiprocessor of an H200
@@ -80,9 +80,7 @@ def streaming_decode_kernel(
     v_ptr += kv_head.to(tl.int64) * stride_vh
     q_offsets = batch64 * stride_qb + head.to(tl.int64) * stride_qh + row.to(tl.int64) * stride_qn
     q = load_rows(q_ptr, q_offsets, valid, HEAD_DIM, BLOCK_D)  # [BLOCK_ROWS, HEAD_DIM]
-    m = tl.full([BLOCK_ROWS], LOWEST, tl.float32)
-    norm = tl.zeros([BLOCK_ROWS], tl.float32)
-    acc = tl.zeros([BLOCK_ROWS, BLOCK_DV], tl.float32)
+    state = no_keys_yet(BLOCK_ROWS, BLOCK_DV)
     per_split = (n_tiles + n_splits - 1) // n_splits
     for i in range(split * per_split, tl.minimum((split + 1) * per_split, n_tiles)):
         start, limit = key_tile(i, n_sink, win_lo, sink_hi, kv_hi, BLOCK_KV)
@@ -97,17 +95,15 @@ def streaming_decode_kernel(
             k_offset = batch64 * stride_kb + kv.to(tl.int64) * stride_kn
             v_offset = batch64 * stride_vb + kv.to(tl.int64) * stride_vn
         masked = needs_mask(start, start + BLOCK_KV, limit, p_lo, p_hi, s_min, w_min)
-        m, norm, acc = forward_tile(
-            q, k_ptr, v_ptr, k_offset, v_offset, kv, limit, masked, p, s, w, m, norm, acc,
+        state = forward_tile(
+            state, q, (p, s, w), k_ptr, v_ptr, k_offset, v_offset, kv, limit, masked,
             qk_scale, cap, HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, SOFTCAP,
         )  # fmt: skip
 
-    empty = norm == 0.0
-    acc = acc / tl.where(empty, 1.0, norm)[:, None]
-    lse = tl.where(empty, float("-inf"), (m + tl.log2(norm)) * LN2)
+    out, lse = out_and_lse(state)
     n_batch = tl.num_programs(2) // n_kv_heads
     at = ((split * n_batch + batch) * n_heads + head).to(tl.int64) * q_len + row
-    store_rows(out_ptr, at * V_DIM, valid, acc, V_DIM, BLOCK_DV)
+    store_rows(out_ptr, at * V_DIM, valid, out, V_DIM, BLOCK_DV)
     tl.store(lse_ptr + at, lse, mask=valid)
 
 
@@ -134,8 +130,8 @@ def streaming_merge_kernel(
 
 def splits_for(programs: int, max_keys: int) -> int:
     """How many parts to cut each row's keys into: enough programs for the device, none tiny."""
-    wanted = triton.cdiv(DECODE_PROGRAMS, programs)
-    return int(max(1, min(wanted, triton.cdiv(max_keys, MIN_SPLIT), 64)))
+    wanted = cdiv(DECODE_PROGRAMS, programs)
+    return int(max(1, min(wanted, cdiv(max_keys, MIN_SPLIT), 64)))
 
 
 def tile_for(rows: int, widest: int, dtype: torch.dtype) -> tuple[int, int]:
@@ -165,11 +161,11 @@ def streaming_decode(
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out, lse
-    batch, n_heads, q_len, d = q.shape
-    n_kv_heads, dv = k.shape[1], v.shape[-1]
+    batch, n_heads, q_len, _ = q.shape
+    n_kv_heads = k.shape[1]
     group_size = n_heads // n_kv_heads
     rows = next((n for n in ROWS if q_len * group_size <= n), ROWS[-1])
-    n_tiles = triton.cdiv(q_len * group_size, rows)
+    n_tiles = cdiv(q_len * group_size, rows)
     n_pages = 0 if page_table is None else page_table.shape[1]
     page_size = 0 if page_table is None else k.shape[2]
     max_keys = k.shape[2] if page_table is None else n_pages * page_size
@@ -178,22 +174,19 @@ def streaming_decode(
     if n_splits > 1:
         part = torch.empty((n_splits, *out.shape), dtype=torch.float32, device=q.device)
         part_lse = torch.empty((n_splits, *lse.shape), dtype=torch.float32, device=q.device)
-    factors = (scale / softcap, softcap) if softcap > 0 else (scale * math.log2(math.e), 0.0)
-    block_dv = triton.next_power_of_2(dv)
-    block_kv, warps = tile_for(rows, max(d, dv), q.dtype)
+    shape = dims(q, v)
+    block_kv, warps = tile_for(rows, max(q.shape[-1], v.shape[-1]), q.dtype)
     with torch.cuda.device_of(q):
         streaming_decode_kernel[(n_tiles, n_splits, batch * n_kv_heads)](
             q, k, v, part, part_lse, sink, window, q_offset, page_table, kv_lens,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], n_heads, group_size, q_len,
-            k.shape[2], n_splits, n_pages, *factors, HEAD_DIM=d, V_DIM=dv,
-            BLOCK_D=triton.next_power_of_2(d), BLOCK_DV=block_dv, BLOCK_ROWS=rows,
-            BLOCK_KV=block_kv, PAGE_SIZE=page_size, SOFTCAP=softcap > 0, num_warps=warps,
-            num_stages=2,
+            *strides(q, k, v), n_heads, group_size, q_len, k.shape[2], n_splits, n_pages,
+            *score_factors(scale, softcap), **shape, BLOCK_ROWS=rows, BLOCK_KV=block_kv,
+            PAGE_SIZE=page_size, SOFTCAP=softcap > 0, num_warps=warps, num_stages=2,
         )  # fmt: skip
         if n_splits > 1:
             streaming_merge_kernel[(lse.numel(),)](
-                part, part_lse, out, lse, n_splits, lse.numel(), V_DIM=dv, BLOCK_DV=block_dv,
-                MAX_SPLITS=triton.next_power_of_2(n_splits), num_warps=4,
+                part, part_lse, out, lse, n_splits, lse.numel(), V_DIM=shape["V_DIM"],
+                BLOCK_DV=shape["BLOCK_DV"], MAX_SPLITS=padded(n_splits), num_warps=4,
             )  # fmt: skip
     return out, lse
 

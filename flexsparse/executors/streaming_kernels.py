@@ -159,12 +159,60 @@ def needs_mask(start, end, limit, p_lo, p_hi, s_min, w_min):
 
 
 @triton.jit
+def query_rows(
+    row0, q_len, offset, sink, window, head0, kv_len,
+    BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCK_SINK: tl.constexpr, PACK: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_Q rows of PACK heads: head and row of each [ROWS], `mask` and `walk` of walk_keys."""
+    r = tl.arange(0, PACK * BLOCK_Q)
+    head = head0 + r // BLOCK_Q  # [ROWS]
+    row = row0 + r % BLOCK_Q
+    s_min, s_max, w_min, w_max = head_range(sink, window, head0, kv_len, PACK)
+    p_lo = row0 + offset
+    p_hi = tl.minimum(row0 + BLOCK_Q, q_len) - 1 + offset
+    mask = (row + offset, tl.load(sink + head), tl.load(window + head))
+    walk = schedule(p_lo, p_hi, s_max, w_max, kv_len, BLOCK_KV, BLOCK_SINK)
+    return head, row, mask, (p_lo, p_hi, s_min, w_min), walk
+
+
+@triton.jit
+def walk_keys(
+    step: tl.constexpr, state, rows, mask, bounds, walk, k_ptr, v_ptr, kv_start,
+    stride_kn, stride_vn, qk_scale, cap,
+    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_KV: tl.constexpr, BLOCK_SINK: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """`state` after a step over each tile of a schedule; `rows` is what the step knows of rows."""
+    n_sink, n_tiles, win_lo, sink_hi, kv_hi, rest = walk
+    p_lo, p_hi, s_min, w_min = bounds
+    if rest > 0:
+        kv = sink_hi - rest + tl.arange(0, BLOCK_SINK)
+        at = (kv_start + kv).to(tl.int64)
+        state = step(
+            state, rows, mask, k_ptr, v_ptr, at * stride_kn, at * stride_vn, kv, sink_hi, True,
+            qk_scale, cap, HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, SOFTCAP,
+        )  # fmt: skip
+    for i in range(n_tiles):
+        start, limit = key_tile(i, n_sink, win_lo, sink_hi, kv_hi, BLOCK_KV)
+        kv = start + tl.arange(0, BLOCK_KV)  # [BLOCK_KV]
+        at = (kv_start + kv).to(tl.int64)
+        masked = needs_mask(start, start + BLOCK_KV, limit, p_lo, p_hi, s_min, w_min)
+        state = step(
+            state, rows, mask, k_ptr, v_ptr, at * stride_kn, at * stride_vn, kv, limit, masked,
+            qk_scale, cap, HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, SOFTCAP,
+        )  # fmt: skip
+    return state
+
+
+@triton.jit
 def forward_tile(
-    q, k_ptr, v_ptr, k_offset, v_offset, kv, limit, masked, p, s, w, m, norm, acc, qk_scale, cap,
+    state, q, mask, k_ptr, v_ptr, k_offset, v_offset, kv, limit, masked, qk_scale, cap,
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax over the keys `kv`."""
+    m, norm, acc = state
+    p, s, w = mask
     valid = kv < limit
     k = load_rows(k_ptr, k_offset, valid, HEAD_DIM, BLOCK_D)  # [BLOCK_KV, HEAD_DIM]
     scores, _ = cap_scores(dot(q, tl.trans(k)), qk_scale, cap, SOFTCAP)  # [ROWS, BLOCK_KV]
@@ -178,6 +226,22 @@ def forward_tile(
     v = load_rows(v_ptr, v_offset, valid, V_DIM, BLOCK_DV)  # [BLOCK_KV, V_DIM]
     acc = dot(probs.to(v.dtype), v, acc * alpha[:, None])
     return m_new, norm, acc
+
+
+@triton.jit
+def no_keys_yet(ROWS: tl.constexpr, BLOCK_DV: tl.constexpr):
+    """The state of the online softmax before its first tile."""
+    m = tl.full([ROWS], LOWEST, tl.float32)
+    return m, tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, BLOCK_DV], tl.float32)
+
+
+@triton.jit
+def out_and_lse(state):
+    """out and the natural-log lse of a finished online softmax; 0 and -inf where no key was."""
+    m, norm, acc = state
+    empty = norm == 0.0
+    out = acc / tl.where(empty, 1.0, norm)[:, None]
+    return out, tl.where(empty, float("-inf"), (m + tl.log2(norm)) * LN2)
 
 
 @triton.jit(do_not_specialize=["q_len", "kv_len"])
@@ -200,20 +264,10 @@ def streaming_fwd_kernel(
     )
     if row0 >= q_len:
         return
-    r = tl.arange(0, PACK * BLOCK_Q)
-    head = head0 + r // BLOCK_Q  # [ROWS]
-    row = row0 + r % BLOCK_Q
-    valid = row < q_len
-    p = row + offset
-    s = tl.load(sink + head)
-    w = tl.load(window + head)
-    p_lo = row0 + offset
-    p_hi = tl.minimum(row0 + BLOCK_Q, q_len) - 1 + offset
-    s_min, s_max, w_min, w_max = head_range(sink, window, head0, kv_len, PACK)
-    n_sink, n_tiles, win_lo, sink_hi, kv_hi, rest = schedule(
-        p_lo, p_hi, s_max, w_max, kv_len, BLOCK_KV, BLOCK_SINK
+    head, row, mask, bounds, walk = query_rows(
+        row0, q_len, offset, sink, window, head0, kv_len, BLOCK_Q, BLOCK_KV, BLOCK_SINK, PACK
     )
-
+    valid = row < q_len
     at = (q_start + row).to(tl.int64)
     kv_head = (head0 // group_size).to(tl.int64)
     q_ptr += batch.to(tl.int64) * stride_qb
@@ -222,261 +276,12 @@ def streaming_fwd_kernel(
     q = load_rows(
         q_ptr, head.to(tl.int64) * stride_qh + at * stride_qn, valid, HEAD_DIM, BLOCK_D
     )  # [ROWS, HEAD_DIM]
-    m = tl.full([PACK * BLOCK_Q], LOWEST, tl.float32)
-    norm = tl.zeros([PACK * BLOCK_Q], tl.float32)
-    acc = tl.zeros([PACK * BLOCK_Q, BLOCK_DV], tl.float32)
-
-    if rest > 0:
-        kv = sink_hi - rest + tl.arange(0, BLOCK_SINK)
-        at_kv = (kv_start + kv).to(tl.int64)
-        m, norm, acc = forward_tile(
-            q, k_ptr, v_ptr, at_kv * stride_kn, at_kv * stride_vn, kv, sink_hi, True, p, s, w,
-            m, norm, acc, qk_scale, cap,
-            HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, SOFTCAP,
-        )  # fmt: skip
-    for i in range(n_tiles):
-        start, limit = key_tile(i, n_sink, win_lo, sink_hi, kv_hi, BLOCK_KV)
-        kv = start + tl.arange(0, BLOCK_KV)  # [BLOCK_KV]
-        at_kv = (kv_start + kv).to(tl.int64)
-        masked = needs_mask(start, start + BLOCK_KV, limit, p_lo, p_hi, s_min, w_min)
-        m, norm, acc = forward_tile(
-            q, k_ptr, v_ptr, at_kv * stride_kn, at_kv * stride_vn, kv, limit, masked, p, s, w,
-            m, norm, acc, qk_scale, cap,
-            HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, SOFTCAP,
-        )  # fmt: skip
-
-    empty = norm == 0.0
-    acc = acc / tl.where(empty, 1.0, norm)[:, None]
-    lse = tl.where(empty, float("-inf"), (m + tl.log2(norm)) * LN2)
+    state = walk_keys(
+        forward_tile, no_keys_yet(PACK * BLOCK_Q, BLOCK_DV), q, mask, bounds, walk,
+        k_ptr, v_ptr, kv_start, stride_kn, stride_vn, qk_scale, cap,
+        HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_KV, BLOCK_SINK, SOFTCAP,
+    )  # fmt: skip
+    out, lse = out_and_lse(state)
     at += (batch * n_heads + head).to(tl.int64) * n_rows  # out and lse are contiguous
-    store_rows(out_ptr, at * V_DIM, valid, acc, V_DIM, BLOCK_DV)
+    store_rows(out_ptr, at * V_DIM, valid, out, V_DIM, BLOCK_DV)
     tl.store(lse_ptr + at, lse, mask=valid)
-
-
-@triton.jit(do_not_specialize=["n_rows"])
-def streaming_delta_kernel(
-    out_ptr, dout_ptr, dlse_ptr, delta_ptr, n_rows,
-    V_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Write delta = sum(out * dout) - dlse, what the softmax takes off every score's gradient."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    valid = row < n_rows
-    out = load_rows(out_ptr, row * V_DIM, valid, V_DIM, BLOCK_DV).to(tl.float32)
-    dout = load_rows(dout_ptr, row * V_DIM, valid, V_DIM, BLOCK_DV).to(tl.float32)
-    dlse = tl.load(dlse_ptr + row, mask=valid, other=0.0)
-    tl.store(delta_ptr + row, tl.sum(out * dout, 1) - dlse, mask=valid)
-
-
-@triton.jit
-def dq_tile(
-    dq, q, dout, lse, delta, k_ptr, v_ptr, k_offset, v_offset, kv, limit, masked, p, s, w,
-    qk_scale, cap,
-    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-):  # fmt: skip
-    """The rows' dq, with the keys `kv` added (still without the softmax scale)."""
-    valid = kv < limit
-    k = load_rows(k_ptr, k_offset, valid, HEAD_DIM, BLOCK_D)  # [BLOCK_KV, HEAD_DIM]
-    scores, tanh = cap_scores(dot(q, tl.trans(k)), qk_scale, cap, SOFTCAP)  # [ROWS, BLOCK_KV]
-    probs = tl.exp2(scores - lse[:, None])
-    if masked:
-        seen = keep(kv[None, :], p[:, None], s[:, None], w[:, None], limit)
-        probs = tl.where(seen, probs, 0.0)
-    v = load_rows(v_ptr, v_offset, valid, V_DIM, BLOCK_DV)  # [BLOCK_KV, V_DIM]
-    dscores = probs * (dot(dout, tl.trans(v)) - delta[:, None])
-    if SOFTCAP:
-        dscores *= 1.0 - tanh * tanh
-    return dot(dscores.to(k.dtype), k, dq)
-
-
-@triton.jit(do_not_specialize=["q_len", "kv_len"])
-def streaming_dq_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, sink, window,
-    q_offset, cu_seqlens_q, cu_seqlens_k, tiles,
-    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
-    stride_vb, stride_vh, stride_vn,
-    n_heads, group_size, q_len, kv_len, qk_scale, cap, scale,
-    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCK_SINK: tl.constexpr,
-    PACK: tl.constexpr, SOFTCAP: tl.constexpr,
-):  # fmt: skip
-    """Write dq of BLOCK_Q query rows of PACK heads, by the forward kernel's walk over the keys."""
-    head0 = tl.program_id(1) * PACK
-    batch = tl.program_id(2)
-    n_rows = q_len
-    _, row0, q_start, kv_start, q_len, kv_len, offset = locate(
-        tl.program_id(0), batch, q_len, kv_len, q_offset, cu_seqlens_q, cu_seqlens_k, tiles, BLOCK_Q
-    )
-    if row0 >= q_len:
-        return
-    r = tl.arange(0, PACK * BLOCK_Q)
-    head = head0 + r // BLOCK_Q  # [ROWS]
-    row = row0 + r % BLOCK_Q
-    valid = row < q_len
-    p = row + offset
-    s = tl.load(sink + head)
-    w = tl.load(window + head)
-    p_lo = row0 + offset
-    p_hi = tl.minimum(row0 + BLOCK_Q, q_len) - 1 + offset
-    s_min, s_max, w_min, w_max = head_range(sink, window, head0, kv_len, PACK)
-    n_sink, n_tiles, win_lo, sink_hi, kv_hi, rest = schedule(
-        p_lo, p_hi, s_max, w_max, kv_len, BLOCK_KV, BLOCK_SINK
-    )
-
-    at = (q_start + row).to(tl.int64)
-    kv_head = (head0 // group_size).to(tl.int64)
-    q_ptr += batch.to(tl.int64) * stride_qb
-    k_ptr += batch.to(tl.int64) * stride_kb + kv_head * stride_kh
-    v_ptr += batch.to(tl.int64) * stride_vb + kv_head * stride_vh
-    q = load_rows(
-        q_ptr, head.to(tl.int64) * stride_qh + at * stride_qn, valid, HEAD_DIM, BLOCK_D
-    )  # [ROWS, HEAD_DIM]
-    at += (batch * n_heads + head).to(tl.int64) * n_rows
-    dout = load_rows(dout_ptr, at * V_DIM, valid, V_DIM, BLOCK_DV)  # [ROWS, V_DIM]
-    delta = tl.load(delta_ptr + at, mask=valid, other=0.0)
-    lse = tl.load(lse_ptr + at, mask=valid, other=float("inf")) * LOG2E
-    lse = tl.where(lse == float("-inf"), float("inf"), lse)  # an empty row: every weight is 0
-    dq = tl.zeros([PACK * BLOCK_Q, BLOCK_D], tl.float32)
-
-    if rest > 0:
-        kv = sink_hi - rest + tl.arange(0, BLOCK_SINK)
-        at_kv = (kv_start + kv).to(tl.int64)
-        dq = dq_tile(
-            dq, q, dout, lse, delta, k_ptr, v_ptr, at_kv * stride_kn, at_kv * stride_vn, kv,
-            sink_hi, True, p, s, w, qk_scale, cap,
-            HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, SOFTCAP,
-        )  # fmt: skip
-    for i in range(n_tiles):
-        start, limit = key_tile(i, n_sink, win_lo, sink_hi, kv_hi, BLOCK_KV)
-        kv = start + tl.arange(0, BLOCK_KV)  # [BLOCK_KV]
-        at_kv = (kv_start + kv).to(tl.int64)
-        masked = needs_mask(start, start + BLOCK_KV, limit, p_lo, p_hi, s_min, w_min)
-        dq = dq_tile(
-            dq, q, dout, lse, delta, k_ptr, v_ptr, at_kv * stride_kn, at_kv * stride_vn, kv,
-            limit, masked, p, s, w, qk_scale, cap,
-            HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, SOFTCAP,
-        )  # fmt: skip
-    store_rows(dq_ptr, at * HEAD_DIM, valid, dq * scale, HEAD_DIM, BLOCK_D)
-
-
-@triton.jit(do_not_specialize=["q_len", "kv_len", "n_chunks", "n_sink"])
-def streaming_dkdv_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, dk_part, dv_part,
-    sink, window, q_offset, cu_seqlens_q, cu_seqlens_k, tiles, first_chunk,
-    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
-    stride_vb, stride_vh, stride_vn,
-    n_heads, n_kv_heads, group_size, q_len, kv_len, n_chunks, n_sink, chunk, qk_scale, cap, scale,
-    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
-    PARTIAL: tl.constexpr, SOFTCAP: tl.constexpr,
-):  # fmt: skip
-    """Write dk and dv of BLOCK_KV keys: a loop over the query rows of their heads that see them.
-
-    A window key is seen by w rows, a sink key by all later ones. To keep that from being one
-    program's work, rows are cut into chunks of `chunk` rows. PARTIAL launches sum one chunk each
-    (chunk 0 apart) for the first n_sink key tiles into dk_part, dv_part; the launch after it does
-    chunk 0 and the window, and adds the parts in their order: the same bits on every run. A sink
-    longer than n_sink tiles is still right: its further tiles walk all rows in one program.
-    """
-    batch = tl.program_id(2)
-    n_rows = q_len
-    n_keys = kv_len
-    kv_head = tl.program_id(1)
-    if PARTIAL:
-        kv_head = tl.program_id(1) // n_sink
-        chunk_id = tl.program_id(0)
-        seq, row_first, q_start, kv_start, q_len, kv_len, offset = locate(
-            chunk_id, batch, q_len, kv_len, q_offset, cu_seqlens_q, cu_seqlens_k, tiles, 1
-        )
-        if cu_seqlens_q is None:
-            row_first = (chunk_id + 1) * chunk
-            chunk_id += batch * n_chunks
-        kv0 = tl.program_id(1) % n_sink * BLOCK_KV
-        if row_first >= q_len:
-            return
-    else:
-        seq, kv0, q_start, kv_start, q_len, kv_len, offset = locate(
-            tl.program_id(0), batch, q_len, kv_len, q_offset, cu_seqlens_q, cu_seqlens_k, tiles,
-            BLOCK_KV,
-        )  # fmt: skip
-    if kv0 >= kv_len:
-        return
-    head0 = kv_head * group_size
-    s_max = 0
-    w_max = 0
-    for h in range(group_size):
-        s_max = tl.maximum(s_max, tl.load(sink + head0 + h))
-        w_max = tl.maximum(w_max, tl.minimum(tl.load(window + head0 + h), FAR))
-    in_sink = kv0 < s_max
-    if PARTIAL:  # noqa: SIM102 - decided when compiling, apart from the test below it
-        if kv0 >= s_max:
-            return
-    row_lo = tl.maximum(kv0 - offset, 0)
-    row_hi = tl.where(w_max > 0, kv0 + BLOCK_KV - 1 + w_max - offset, row_lo)
-    summed = in_sink & (kv0 < n_sink * BLOCK_KV)
-    row_hi = tl.where(in_sink, tl.where(summed, tl.maximum(row_hi, chunk), q_len), row_hi)
-    row_hi = tl.minimum(row_hi, q_len)
-    if PARTIAL:
-        row_lo = tl.maximum(row_first, tl.maximum(row_hi, row_lo))
-        row_hi = tl.minimum(row_first + chunk, q_len)
-
-    kv = kv0 + tl.arange(0, BLOCK_KV)  # [BLOCK_KV]
-    valid = kv < kv_len
-    batch64 = batch.to(tl.int64)
-    q_ptr += batch64 * stride_qb
-    k_ptr += batch64 * stride_kb + kv_head.to(tl.int64) * stride_kh
-    v_ptr += batch64 * stride_vb + kv_head.to(tl.int64) * stride_vh
-    at = (kv_start + kv).to(tl.int64)
-    k = load_rows(k_ptr, at * stride_kn, valid, HEAD_DIM, BLOCK_D)  # [BLOCK_KV, HEAD_DIM]
-    v = load_rows(v_ptr, at * stride_vn, valid, V_DIM, BLOCK_DV)  # [BLOCK_KV, V_DIM]
-    dk = tl.zeros([BLOCK_KV, BLOCK_D], tl.float32)
-    dv = tl.zeros([BLOCK_KV, BLOCK_DV], tl.float32)
-
-    # heads and row tiles are one loop, so that loads are prefetched from one head to the next
-    per_head = tl.maximum(row_hi - row_lo + BLOCK_Q - 1, 0) // BLOCK_Q
-    step = tl.arange(0, BLOCK_Q)  # [BLOCK_Q]
-    for i in range(per_head * group_size):
-        head = head0 + i // per_head
-        row0 = row_lo + i % per_head * BLOCK_Q
-        seen = step < row_hi - row0
-        s = tl.load(sink + head)
-        w = tl.load(window + head)
-        head64 = head.to(tl.int64)
-        at_q = (q_start + row0 + step).to(tl.int64)
-        dense = (batch64 * n_heads + head64) * n_rows
-        q = load_rows(
-            q_ptr + head64 * stride_qh, at_q * stride_qn, seen, HEAD_DIM, BLOCK_D
-        )  # [BLOCK_Q, HEAD_DIM]
-        # a row past the end, or an empty one, has lse = inf here: its weights are all 0
-        lse = tl.load(lse_ptr + dense + at_q, mask=seen, other=float("inf")) * LOG2E
-        lse = tl.where(lse == float("-inf"), float("inf"), lse)
-        scores, tanh = cap_scores(dot(k, tl.trans(q)), qk_scale, cap, SOFTCAP)
-        probs = tl.exp2(scores - lse[None, :])  # [BLOCK_KV, BLOCK_Q]
-        p_lo = row0 + offset
-        if needs_mask(kv0, kv0 + BLOCK_KV, FAR, p_lo, p_lo + BLOCK_Q - 1, s, w):
-            probs = tl.where(keep(kv[:, None], p_lo + step[None, :], s, w, kv_len), probs, 0.0)
-        dout = load_rows(dout_ptr + dense * V_DIM, at_q * V_DIM, seen, V_DIM, BLOCK_DV)
-        dv = dot(probs.to(dout.dtype), dout, dv)
-        delta = tl.load(delta_ptr + dense + at_q, mask=seen, other=0.0)
-        dscores = probs * (dot(v, tl.trans(dout)) - delta[None, :])
-        if SOFTCAP:
-            dscores *= 1.0 - tanh * tanh
-        dk = dot(dscores.to(q.dtype), q, dk)
-    dk *= scale
-
-    if PARTIAL:
-        part = (chunk_id.to(tl.int64) * n_kv_heads + kv_head) * (n_sink * BLOCK_KV) + kv
-        store_rows(dk_part, part * HEAD_DIM, valid, dk, HEAD_DIM, BLOCK_D)
-        store_rows(dv_part, part * V_DIM, valid, dv, V_DIM, BLOCK_DV)
-    else:
-        if summed:
-            first = batch * n_chunks
-            if cu_seqlens_q is not None:
-                first = tl.load(first_chunk + seq)
-            for c in range(tl.maximum((q_len + chunk - 1) // chunk - 1, 0)):
-                part = ((first + c).to(tl.int64) * n_kv_heads + kv_head) * (n_sink * BLOCK_KV) + kv
-                dk += load_rows(dk_part, part * HEAD_DIM, valid, HEAD_DIM, BLOCK_D)
-                dv += load_rows(dv_part, part * V_DIM, valid, V_DIM, BLOCK_DV)
-        at += (batch64 * n_kv_heads + kv_head) * n_keys
-        store_rows(dk_ptr, at * HEAD_DIM, valid, dk, HEAD_DIM, BLOCK_D)
-        store_rows(dv_ptr, at * V_DIM, valid, dv, V_DIM, BLOCK_DV)

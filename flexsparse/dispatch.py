@@ -1,0 +1,186 @@
+"""Launches -> output: which executor runs which heads of q, k and v, and how they come together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from flexsparse.dropout import Dropout, ScoreMod
+from flexsparse.errors import ExecutorError
+from flexsparse.executors import blockwise, flash, flex, reference, sdpa, streaming
+from flexsparse.launch import Launch
+from flexsparse.lower import padded
+
+
+class Modifiers(NamedTuple):
+    """What a call does besides its mask; score_mod and dropout count heads and rows as q does."""
+
+    scale: float | None
+    score_mod: ScoreMod | None
+    dropout: Dropout | None
+    return_lse: bool
+
+    def of_heads(self, heads: Sequence[int], device: torch.device) -> Modifiers:
+        """The same for a launch whose head i is head heads[i] of q."""
+        if list(heads) == list(range(len(heads))):
+            return self
+        return self._replace(
+            score_mod=self.score_mod and _at_heads(self.score_mod, heads, device),
+            dropout=self.dropout and self.dropout.of_heads(heads, device),
+        )
+
+
+def attend(
+    launches: Sequence[Launch],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    modifiers: Modifiers,
+    executor: str | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Run each launch on the executor asked for, or on the first that can.
+
+    sdpa runs full and causal heads, flash bands, streaming sinks with windows, flex any mask.
+    blockwise is plain PyTorch: slower than flex, it runs everywhere and has gradients, dropout and
+    the LSE also on CPU. reference is dense, and runs only when it is asked for.
+
+    Returns:
+        out [B, n_heads, q_len, Dv], and the LSE [B, n_heads, q_len] or None.
+    """
+    every_head = tuple(range(q.shape[1]))
+    if len(launches) == 1:
+        return _run(launches[0], every_head, q, k, v, modifiers, executor)
+    outs: list[Tensor] = []
+    lses: list[Tensor] = []
+    order: list[int] = []
+    for launch in launches:
+        for heads, kv_heads in _parts(launch, q.shape[1], k.shape[1]):
+            out, lse = _run(
+                launch,
+                heads,
+                _take_heads(q, heads),
+                _take_heads(k, kv_heads),
+                _take_heads(v, kv_heads),
+                modifiers.of_heads(heads, q.device),
+                executor,
+            )
+            outs.append(out)
+            if lse is not None:
+                lses.append(lse)
+            order.extend(heads)
+    return _in_head_order(outs, order), _in_head_order(lses, order) if lses else None
+
+
+def _parts(
+    launch: Launch, n_heads: int, n_kv_heads: int
+) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """The heads in parts that grouped-query attention can run: (heads, kv heads) each.
+
+    A part reads each of its kv heads equally often, so that k and v are not repeated.
+    """
+    group_size = n_heads // n_kv_heads
+    of_kv: dict[int, list[int]] = {}
+    for head in launch.heads:
+        of_kv.setdefault(head // group_size, []).append(head)
+    by_count: dict[int, list[int]] = {}
+    for kv_head, its_heads in of_kv.items():
+        by_count.setdefault(len(its_heads), []).append(kv_head)
+    parts = [
+        (tuple(head for kv in kv_heads for head in of_kv[kv]), tuple(kv_heads))
+        for kv_heads in by_count.values()
+    ]
+    # lists cannot be written inside another compiler's graph; there k and v are repeated instead
+    if torch.compiler.is_compiling() and not all(launch.is_prepared(heads) for heads, _ in parts):
+        return [(launch.heads, tuple(head // group_size for head in launch.heads))]
+    return parts
+
+
+def _run(
+    launch: Launch,
+    heads: tuple[int, ...],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    modifiers: Modifiers,
+    executor: str | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Run some heads of a launch: q holds these heads alone, k and v what they read."""
+    scale, score_mod, dropout, return_lse = modifiers
+    name = _choose(launch, q, k, v, modifiers, executor)
+    if name == "sdpa":
+        return sdpa.run(q, k, v, launch.mask, scale=scale), None
+    if name == "flash":
+        assert launch.band is not None
+        return flash.run(q, k, v, launch.band, scale=scale), None
+    if name == "streaming":
+        assert launch.streams is not None
+        return streaming.run(
+            q,
+            k,
+            v,
+            *launch.sinks_and_windows(heads),
+            scale=scale,
+            q_offset=launch.classes.grid.q_offset,
+            max_sink=max(sink for sink, _ in launch.streams),
+            return_lse=return_lse,
+        )
+    lists = launch.block_mask(heads)
+    options: dict[str, Any] = {"scale": scale, "score_mod": score_mod, "dropout": dropout}
+    if name == "reference":
+        return reference.run(q, k, v, lists.mask_mod, **options)
+    runner = flex.run if name == "flex" else blockwise.run
+    return runner(q, k, v, lists, return_lse=return_lse, **options)
+
+
+def _choose(
+    launch: Launch, q: Tensor, k: Tensor, v: Tensor, modifiers: Modifiers, executor: str | None
+) -> str:
+    reasons = launch.executors(
+        q,
+        k,
+        v,
+        score_mod=modifiers.score_mod,
+        dropout=modifiers.dropout,
+        return_lse=modifiers.return_lse,
+    )
+    chosen = next(name for name, reason in reasons.items() if reason is None)
+    if executor is None:
+        return chosen
+    if executor not in reasons:
+        raise ExecutorError(f"There is no executor {executor!r}; there are {', '.join(reasons)}.")
+    if reasons[executor] is not None:
+        raise ExecutorError(
+            f"executor={executor!r} cannot run this call: {reasons[executor]}. Drop executor= to "
+            f"let flexsparse choose (it would choose {chosen})."
+        )
+    return executor
+
+
+def _take_heads(x: Tensor, heads: Sequence[int]) -> Tensor:
+    """x[:, heads]: a view where the heads are consecutive, else a copy."""
+    first, n = heads[0], len(heads)
+    if tuple(heads) == tuple(range(first, first + n)):
+        return x if n == x.shape[1] else x.narrow(1, first, n)
+    return x[:, list(heads)]
+
+
+def _at_heads(score_mod: ScoreMod, heads: Sequence[int], device: torch.device) -> ScoreMod:
+    """A score_mod of query heads as one of the heads of a launch."""
+    table = padded(torch.tensor(heads, device=device))
+
+    def at_heads(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        return score_mod(score, b, table[h], q_idx, kv_idx)
+
+    return at_heads
+
+
+def _in_head_order(results: Sequence[Tensor], heads: Sequence[int]) -> Tensor:
+    """Concatenate the results of the parts and put head i back at place i."""
+    joined = torch.cat(list(results), 1)
+    if list(heads) == sorted(heads):
+        return joined
+    places = torch.tensor(heads, device=joined.device).argsort()
+    return joined.index_select(1, places)

@@ -1,0 +1,175 @@
+"""FlashAttention as torch ships it (torch.nn.attention.varlen): windows and packed documents.
+
+For masks that are one band, `-right <= q_idx - kv_idx <= left`, in the whole or inside documents
+that each are one run of tokens. CUDA, half precision, gradients.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from flexsparse.classify import Grid
+from flexsparse.expr import Expr, Mask, Table, postorder
+from flexsparse.normal_form import terms
+
+
+class Band(NamedTuple):
+    """A mask as FlashAttention knows it.
+
+    left, right: how many keys before and after its own a query sees; -1 is all
+    cu_seqlens: int32, where each document begins, and the end; None is one document
+    longest: tokens of the longest document
+    """
+
+    left: int
+    right: int
+    cu_seqlens: Tensor | None
+    longest: int
+
+
+def band(mask: Mask, grid: Grid) -> Band | None:
+    """The mask as a band, or None if it is not one at these lengths."""
+    documents = _documents(mask)
+    ends = None
+    if documents is not None and not grid.q_offset and grid.q_len == grid.kv_len:
+        ends = _starts_of_runs(documents.tensor[: grid.q_len])
+        mask = mask if ends is None else _without_places(mask, ends)
+    union = terms(mask)
+    if union is None or len(union) != 1:
+        return None
+    (term,) = union
+    if term.documents is not None and (ends is None or term.documents != documents):
+        return None
+    if term.documents is None and documents is not None:
+        return None  # it is read, but does not part the tokens
+    left = -1 if term.far_hi >= grid.q_offset + grid.q_len - 1 else term.far_hi
+    right = -1 if -term.far_lo >= grid.kv_len - 1 - grid.q_offset else -term.far_lo
+    sees_its_own = term.far_lo <= 0 <= term.far_hi
+    sees_every_key = term.key_lo <= 0 and term.key_hi >= grid.kv_len - 1
+    # FlashAttention puts the last query at the last key
+    is_last_to_last = grid.q_offset == grid.kv_len - grid.q_len
+    if not (sees_its_own and sees_every_key and is_last_to_last):
+        return None
+    longest = max(grid.q_len, grid.kv_len) if ends is None else int(ends.diff().max())
+    return Band(left, right, ends, longest)
+
+
+def _documents(mask: Mask) -> Table | None:
+    """A table that the mask compares at q_idx and at kv_idx, if there is one."""
+    for node in postorder(mask):
+        union = terms(node) if isinstance(node, Mask) and node.op == "==" else None
+        if union and union[0].documents is not None:
+            return union[0].documents
+    return None
+
+
+def _starts_of_runs(ids: Tensor) -> Tensor | None:
+    """Where each document begins, and the end: int32; None if one lies in several runs."""
+    runs, lengths = torch.unique_consecutive(ids, return_counts=True)
+    if len(runs.unique()) != len(runs):
+        return None
+    return torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+
+
+def _without_places(mask: Mask, cu_seqlens: Tensor) -> Mask:
+    """The mask with places in a document as positions: inside one, distances are the same."""
+    total = int(cu_seqlens[-1])
+    starts = cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff(), output_size=total)
+    places = torch.arange(total, device=starts.device) - starts
+    rebuilt: dict[int, Expr] = {}
+    for node in postorder(mask):
+        args = tuple(rebuilt[id(arg)] for arg in node.args)
+        rebuilt[id(node)] = type(node)(node.op, args, node.payload)
+        if node.op == "lookup" and len(args) == 1 and args[0].op in ("q_idx", "kv_idx"):
+            table = node.payload.tensor
+            if len(table) >= total and table[:total].equal(places.to(table.dtype)):
+                rebuilt[id(node)] = args[0]
+    result = rebuilt[id(mask)]
+    assert isinstance(result, Mask)
+    return result
+
+
+def unsupported(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    score_mod: object | None = None,
+    dropout: object | None = None,
+    return_lse: bool = False,
+) -> str | None:
+    """Why varlen_attn cannot run these inputs under a band, as a sentence, or None if it can."""
+    if q.device.type != "cuda":
+        return f"varlen_attn runs on CUDA, and q is on {q.device}"
+    reason = missing()
+    if reason is not None:
+        return reason
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"varlen_attn takes float16 and bfloat16, and q is {q.dtype}"
+    if q.shape[-1] != v.shape[-1] or q.shape[-1] > 256 or q.shape[-1] % 8:
+        return (
+            "varlen_attn takes one head_dim, a multiple of 8 up to 256; q has "
+            f"{q.shape[-1]} and v has {v.shape[-1]}"
+        )
+    if q.shape[1] != k.shape[1] and "enable_gqa" not in _parameters():
+        return "varlen_attn of this torch has no grouped-query attention"
+    if score_mod is not None:
+        return "varlen_attn takes no score_mod"
+    if dropout is not None:
+        return "varlen_attn has no dropout"
+    if return_lse:
+        return "the layout of the LSE that varlen_attn returns is not the same in every torch"
+    return None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def missing() -> str | None:
+    """Why this torch cannot run bands, or None."""
+    if "window_size" not in _parameters():
+        return "this torch has no torch.nn.attention.varlen.varlen_attn with a window_size"
+    return None
+
+
+def run(q: Tensor, k: Tensor, v: Tensor, mask: Band, *, scale: float | None = None) -> Tensor:
+    """Attention under a band: [B, n_heads, q_len, Dv]."""
+    batch, _, q_len, _ = q.shape
+    cu_q, cu_k = (_starts(mask, batch, x.shape[2], q.device) for x in (q, k))
+    gqa = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
+    longest = [min(mask.longest, x.shape[2]) for x in (q, k)]
+    out = _varlen_attn()(
+        *(x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)),
+        cu_q,
+        cu_k,
+        *longest,
+        scale=scale,
+        window_size=(mask.left, mask.right),
+        **gqa,
+    )
+    return out.unflatten(0, (batch, q_len)).transpose(1, 2)  # type: ignore[no-any-return]
+
+
+def _starts(mask: Band, batch: int, length: int, device: torch.device) -> Tensor:
+    """Where each sequence of a packed batch begins, and the end: int32."""
+    first = torch.arange(batch, dtype=torch.int32, device=device)[:, None] * length
+    within = first.new_zeros(1) if mask.cu_seqlens is None else mask.cu_seqlens[:-1]
+    return torch.cat([(first + within).flatten(), first.new_tensor([batch * length])])
+
+
+def _varlen_attn() -> Callable[..., Any]:
+    from torch.nn.attention import varlen
+
+    return varlen.varlen_attn
+
+
+@functools.cache
+def _parameters() -> frozenset[str]:
+    try:
+        return frozenset(inspect.signature(_varlen_attn()).parameters)
+    except ImportError:
+        return frozenset()

@@ -1,0 +1,171 @@
+"""The streaming kernels as operators of torch: opaque to torch.compile, with gradients."""
+
+# mypy: disable-error-code="import-untyped,no-untyped-call,untyped-decorator"
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexsparse.executors import streaming_backward as backward
+from flexsparse.executors import streaming_kernels as forward
+from flexsparse.executors.streaming_tiles import (
+    DELTA_TILE,
+    MAX_SINK,
+    SINK_TILE,
+    cdiv,
+    dims,
+    pack_of,
+    row_grid,
+    score_factors,
+    sink_chunk,
+    strides,
+    tile_table,
+    tiles_for,
+)
+
+
+@torch.library.custom_op("flexsparse::streaming_forward", mutates_args=())
+def streaming_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sink: Tensor,
+    window: Tensor,
+    q_offset: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    scale: float,
+    softcap: float,
+    max_sink: int,
+) -> tuple[Tensor, Tensor]:
+    """Launch the forward kernel: out, lse."""
+    # rows outside every packed sequence are nobody's to write
+    new = torch.empty if cu_seqlens_q is None else torch.zeros
+    out = new((*q.shape[:3], v.shape[-1]), dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    if cu_seqlens_q is not None:
+        lse.fill_(-math.inf)
+    if out.numel() == 0:
+        return out, lse
+    group_size = q.shape[1] // k.shape[1]
+    pack = pack_of(group_size)
+    tile = tiles_for(q, v).fwd if pack == 1 else tiles_for(q, v).fwd_packed
+    grid, tiles = row_grid(q, tile.rows // pack, pack, cu_seqlens_q)
+    with torch.cuda.device_of(q):
+        forward.streaming_fwd_kernel[grid](
+            q, k, v, out, lse, sink, window, q_offset, cu_seqlens_q, cu_seqlens_k, tiles,
+            *strides(q, k, v), q.shape[1], group_size, q.shape[2], k.shape[2],
+            *score_factors(scale, softcap), **dims(q, v), BLOCK_Q=tile.rows // pack,
+            BLOCK_KV=tile.kv, BLOCK_SINK=SINK_TILE, PACK=pack, SOFTCAP=softcap > 0,
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+    return out, lse
+
+
+@streaming_forward.register_fake
+def _(q, k, v, sink, window, q_offset, cu_seqlens_q, cu_seqlens_k, scale, softcap, max_sink):  # type: ignore[no-untyped-def]
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    return q.new_empty((*q.shape[:3], v.shape[-1])), lse
+
+
+@torch.library.custom_op("flexsparse::streaming_backward", mutates_args=())
+def streaming_backward(
+    dout: Tensor,
+    dlse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    sink: Tensor,
+    window: Tensor,
+    q_offset: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    scale: float,
+    softcap: float,
+    max_sink: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch the backward kernels: dq, dk, dv. No atomics: the same bits on every run."""
+    new = torch.empty if cu_seqlens_q is None else torch.zeros
+    dq, dk, dv = (new(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    n_heads, n_kv_heads, q_len, kv_len = q.shape[1], k.shape[1], q.shape[2], k.shape[2]
+    if q.numel() == 0 or k.numel() == 0:
+        return dq.zero_(), dk.zero_(), dv.zero_()
+    group_size = n_heads // n_kv_heads
+    pack = pack_of(group_size)
+    tiles = tiles_for(q, v)
+    shape = dims(q, v)
+    factors = (*score_factors(scale, softcap), scale)
+    dout, dlse = dout.contiguous(), dlse.contiguous()
+    delta = torch.empty_like(lse)
+    lengths = (q_offset, cu_seqlens_q, cu_seqlens_k)
+    with torch.cuda.device_of(q):
+        backward.streaming_delta_kernel[(cdiv(lse.numel(), DELTA_TILE),)](
+            out, dout, dlse, delta, lse.numel(), V_DIM=shape["V_DIM"], BLOCK_DV=shape["BLOCK_DV"],
+            BLOCK=DELTA_TILE,
+        )  # fmt: skip
+
+        tile = tiles.dq if pack == 1 else tiles.dq_packed
+        grid, table = row_grid(q, tile.rows // pack, pack, cu_seqlens_q)
+        backward.streaming_dq_kernel[grid](
+            q, k, v, dout, lse, delta, dq, sink, window, *lengths, table, *strides(q, k, v),
+            n_heads, group_size, q_len, kv_len, *factors, **shape, BLOCK_Q=tile.rows // pack,
+            BLOCK_KV=tile.kv, BLOCK_SINK=SINK_TILE, PACK=pack, SOFTCAP=softcap > 0,
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+
+        tile = tiles.dkdv
+        n_sink = cdiv(min(max_sink, MAX_SINK, kv_len), tile.kv)
+        chunk = sink_chunk(q_len, n_sink * n_kv_heads * q.shape[0])
+        table = parts = firsts = None
+        if cu_seqlens_q is not None and cu_seqlens_k is not None:
+            parts, firsts = tile_table(cu_seqlens_q, q_len, chunk, skip=1)
+            table, _ = tile_table(cu_seqlens_k, kv_len, tile.kv)
+            n_chunks, n_tiles = parts.shape[0], table.shape[0]
+        else:
+            n_chunks, n_tiles = cdiv(q_len, chunk) - 1, cdiv(kv_len, tile.kv)
+        part_shape = (q.shape[0] * n_chunks, n_kv_heads, n_sink * tile.kv)
+        dk_part, dv_part = (
+            torch.empty((*part_shape, x.shape[-1]), dtype=torch.float32, device=q.device)
+            for x in (k, v)
+        )
+
+        def launch(grid: tuple[int, int, int], table: Tensor | None, partial: bool) -> None:
+            backward.streaming_dkdv_kernel[grid](
+                q, k, v, dout, lse, delta, dk, dv, dk_part, dv_part, sink, window, *lengths, table,
+                firsts, *strides(q, k, v), n_heads, n_kv_heads, group_size, q_len, kv_len,
+                n_chunks, n_sink, chunk, *factors, **shape, BLOCK_Q=tile.rows, BLOCK_KV=tile.kv,
+                PARTIAL=partial, SOFTCAP=softcap > 0, num_warps=tile.warps,
+                num_stages=tile.stages,
+            )  # fmt: skip
+
+        if n_chunks > 0 and n_sink > 0:
+            launch((n_chunks, n_kv_heads * n_sink, q.shape[0]), parts, True)
+        launch((n_tiles, n_kv_heads, q.shape[0]), table, False)
+    return dq, dk, dv
+
+
+@streaming_backward.register_fake
+def _(dout, dlse, q, k, v, out, lse, sink, window, *rest):  # type: ignore[no-untyped-def]
+    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:3], *output, *inputs[3:8])
+    ctx.numbers = inputs[8:]
+
+
+def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+    q, k, v, out, lse, *data = ctx.saved_tensors
+    dout = torch.zeros_like(out) if dout is None else dout
+    dlse = torch.zeros_like(lse) if dlse is None else dlse
+    grads = streaming_backward(dout, dlse, q, k, v, out, lse, *data, *ctx.numbers)
+    return (*grads, *[None] * 8)
+
+
+streaming_forward.register_autograd(_differentiate, setup_context=_save)

@@ -1,0 +1,158 @@
+"""The numbers of a streaming launch: tile sizes, tables of tiles, constants. Needs torch alone."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+SINK_TILE = 16  # the narrowest tile tensor cores take, for short sinks
+DELTA_TILE = 64
+# partial sums of sink keys: about this many programs share them, whatever the device, so that the
+# order of the sums (and with it every bit of the gradients) depends on shapes alone
+SINK_PROGRAMS = 1024
+MIN_CHUNK = 2048
+MAX_SINK = 4096
+PADDING_ROW = 1 << 30  # the row of an unused entry of a tile table: past every sequence
+
+
+class Tile(NamedTuple):
+    """One kernel's tile: `rows` is over all packed heads in fwd and dq, per head in dkdv."""
+
+    rows: int
+    kv: int
+    warps: int
+    stages: int
+
+
+class Tiles(NamedTuple):
+    """The tiles of the three kernels, for heads alone and for heads packed by kv head."""
+
+    fwd: Tile
+    fwd_packed: Tile
+    dq: Tile
+    dq_packed: Tile
+    dkdv: Tile
+
+
+def _tiles(*numbers: tuple[int, int, int, int]) -> Tiles:
+    return Tiles(*(Tile(*x) for x in numbers))
+
+
+# (architecture, head_dim up to) -> tiles. Rows per head stay at 64 or less: with a window of 64 or
+# 256 a taller tile visits too many keys that its rows do not need (benchmarks/model_streaming.py).
+TILES: dict[tuple[int, int], Tiles] = {
+    # fwd, fwd_packed, dq, dq_packed, dkdv, each (rows, kv, warps, stages)
+    (80, 64): _tiles(
+        (64, 64, 4, 3), (128, 64, 8, 3), (64, 32, 4, 2), (128, 32, 8, 2), (32, 32, 4, 2)
+    ),
+    (80, 128): _tiles(
+        (64, 32, 4, 3), (128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), (32, 64, 8, 3)
+    ),
+    (80, 256): _tiles(
+        (64, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2)
+    ),
+    (90, 64): _tiles(
+        (64, 64, 4, 3), (128, 64, 8, 3), (64, 64, 4, 2), (128, 64, 8, 2), (32, 64, 4, 3)
+    ),
+    (90, 128): _tiles(
+        (64, 64, 4, 3), (128, 64, 8, 2), (64, 32, 4, 2), (128, 32, 8, 2), (32, 64, 8, 3)
+    ),
+    (90, 256): _tiles(
+        (64, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2)
+    ),
+    (100, 64): _tiles(
+        (64, 64, 4, 3), (128, 64, 8, 3), (64, 64, 4, 2), (128, 32, 8, 2), (32, 64, 4, 3)
+    ),
+    (100, 128): _tiles(
+        (64, 64, 4, 3), (128, 64, 8, 2), (64, 64, 4, 2), (128, 64, 8, 2), (64, 64, 8, 3)
+    ),
+    (100, 256): _tiles(
+        (64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2)
+    ),
+}  # fmt: skip
+# float32 is for tests: no tensor cores, twice the memory
+FLOAT32_TILES = Tiles(*[Tile(32, 32, 4, 1)] * 5)
+
+
+def architecture(device: torch.device) -> int:
+    """The row of TILES for a device: 80, 90 or 100."""
+    major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 8
+    return min(max(major, 8), 10) * 10
+
+
+def tiles_for(q: Tensor, v: Tensor) -> Tiles:
+    """The tile sizes for these dtypes, head dims and device."""
+    if q.dtype == torch.float32:
+        return FLOAT32_TILES
+    widest = max(q.shape[-1], v.shape[-1])
+    return TILES[architecture(q.device), next(dim for dim in (64, 128, 256) if widest <= dim)]
+
+
+def cdiv(a: int, b: int) -> int:
+    """A quotient rounded up."""
+    return -(-a // b)
+
+
+def padded(dim: int) -> int:
+    """The next power of two: what a tile is made of."""
+    return 1 << (dim - 1).bit_length()
+
+
+def dims(q: Tensor, v: Tensor) -> dict[str, int]:
+    """Head dims as every kernel takes them."""
+    d, dv = q.shape[-1], v.shape[-1]
+    return {"HEAD_DIM": d, "V_DIM": dv, "BLOCK_D": padded(d), "BLOCK_DV": padded(dv)}
+
+
+def pack_of(group_size: int) -> int:
+    """How many heads of a group one program takes."""
+    return next(n for n in (4, 2, 1) if group_size % n == 0)
+
+
+def score_factors(scale: float, softcap: float) -> tuple[float, float]:
+    """(qk_scale, cap) as the kernels take them: base 2 scores, or the argument of tanh."""
+    return (scale / softcap, softcap) if softcap > 0 else (scale * math.log2(math.e), 0.0)
+
+
+def strides(*tensors: Tensor) -> list[int]:
+    """Strides of batch, head and length."""
+    return [stride for x in tensors for stride in x.stride()[:3]]
+
+
+def tile_table(cu_seqlens: Tensor, total: int, block: int, skip: int = 0) -> tuple[Tensor, Tensor]:
+    """Tiles of packed sequences as (sequence, first row) pairs, and each sequence's first tile.
+
+    Made on the device without a wait for it: as long as any lengths could need, the rest unused.
+    With skip=1 each sequence's first tile is left out.
+    """
+    lengths = cu_seqlens.diff()
+    n_tiles = ((lengths + block - 1) // block - skip).clamp(min=0)
+    ends = n_tiles.cumsum(0, dtype=torch.int32)
+    firsts = ends - n_tiles
+    bound = total // block + (0 if skip else lengths.numel())
+    i = torch.arange(bound, device=cu_seqlens.device, dtype=torch.int32)
+    seq = torch.searchsorted(ends, i, right=True, out_int32=True)
+    used = seq < lengths.numel()
+    seq = seq.clamp(max=lengths.numel() - 1)
+    row = torch.where(used, (i - firsts[seq] + skip) * block, PADDING_ROW)
+    return torch.stack((seq, row), 1).to(torch.int32).contiguous(), firsts
+
+
+def row_grid(
+    q: Tensor, block: int, pack: int, cu_seqlens_q: Tensor | None
+) -> tuple[tuple[int, int, int], Tensor | None]:
+    """The grid of the fwd and dq kernels, and its tile table where sequences are packed."""
+    tiles, n_tiles = None, cdiv(q.shape[2], block)
+    if cu_seqlens_q is not None:
+        tiles, _ = tile_table(cu_seqlens_q, q.shape[2], block)
+        n_tiles = tiles.shape[0]
+    return (n_tiles, q.shape[1] // pack, q.shape[0]), tiles
+
+
+def sink_chunk(q_len: int, n_sink_tiles: int) -> int:
+    """How many query rows one program sums for a tile of sink keys, of n_sink_tiles in all."""
+    programs = max(1, SINK_PROGRAMS // max(1, n_sink_tiles))
+    return max(MIN_CHUNK, padded(cdiv(q_len, programs)))
