@@ -62,7 +62,8 @@ class CompactBlockMask(BlockMask):
     def _adjust(self, new_q_len: int, new_kv_len: int) -> CompactBlockMask:
         """The upper left corner, of whole blocks: the mask of the first queries and keys."""
         rows, columns = (
-            -(-n // block) for n, block in zip((new_q_len, new_kv_len), self.BLOCK_SIZE, strict=True)
+            -(-n // block)
+            for n, block in zip((new_q_len, new_kv_len), self.BLOCK_SIZE, strict=True)
         )
 
         def crop(name: str, lines: int, blocks: int) -> dict[str, Tensor | None]:

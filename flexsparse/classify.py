@@ -162,7 +162,7 @@ def classify(mask: Mask, grid: Grid) -> BlockClasses:
             chunks = zip(*(torch.split(x, CELLS_AT_ONCE) for x in cells), strict=True)
             stack += [(side, list(chunk)) for chunk in chunks]
             continue
-        always, ever = _bound(mask, reading, grid, cells, side)
+        always, ever = bound_cells(mask, reading, grid, cells, side)
         full.append(_rectangles(grid, [x[always] for x in cells], side))
         open_cells = [x[ever & ~always] for x in cells]
         if not len(open_cells[0]):
@@ -200,9 +200,18 @@ def interval_reading(mask: Mask) -> dict[str, Any]:
     return {**INTERVAL_READING, "lookup": lookup}
 
 
-def _bound(
+def bound_cells(
     mask: Mask, reading: dict[str, Any], grid: Grid, cells: list[Tensor], side: int
 ) -> tuple[Tensor, Tensor]:
+    """Whether a mask is proved to be always true, and whether it may ever be, in each cell.
+
+    Args:
+        mask: what to bound.
+        reading: its interval_reading.
+        grid: lengths and block size.
+        cells: planes, rows and columns of the cells, in cells.
+        side: blocks along a cell.
+    """
     plane, row, column = cells
     q, kv = (
         Interval(

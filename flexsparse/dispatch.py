@@ -127,12 +127,14 @@ def _run(
             max_sink=max(sink for sink, _ in launch.streams),
             return_lse=return_lse,
         )
-    lists = launch.block_mask(heads)
     options: dict[str, Any] = {"scale": scale, "score_mod": score_mod, "dropout": dropout}
     if name == "reference":
-        return reference.run(q, k, v, lists.mask_mod, **options)
-    runner = flex.run if name == "flex" else blockwise.run
-    return runner(q, k, v, lists, return_lse=return_lse, **options)
+        return reference.run(q, k, v, launch.mask_mod(heads), **options)
+    lists = launch.block_mask(heads)
+    if name == "flex":
+        options["kernel_options"] = launch.kernel_options(heads)
+        return flex.run(q, k, v, lists, return_lse=return_lse, **options)
+    return blockwise.run(q, k, v, lists, return_lse=return_lse, **options)
 
 
 def _choose(

@@ -10,12 +10,14 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from flexsparse.blocks import block_mask, write_kept_blocks
-from flexsparse.classify import BlockClasses
+from flexsparse.classify import BlockClasses, Grid
 from flexsparse.cost import Cost, cost
 from flexsparse.dropout import Dropout, ScoreMod
 from flexsparse.executors import blockwise, flash, flex, sdpa, streaming
 from flexsparse.expr import Mask
-from flexsparse.lower import lower
+from flexsparse.hints import kernel_options
+from flexsparse.lower import MaskMod, lower
+from flexsparse.needed import needed
 from flexsparse.tensors import Opaque
 from flexsparse.validate import needs_int64
 
@@ -41,6 +43,7 @@ class Launch:
     streams: tuple[tuple[int, int], ...] | None = None
     band: flash.Band | None = None
     _block_masks: dict[tuple[int, ...], BlockMask] = field(default_factory=dict, init=False)
+    _hints: dict[tuple[int, ...], dict[str, bool]] = field(default_factory=dict, init=False)
     _numbers: dict[tuple[int, ...], tuple[Tensor, Tensor]] = field(default_factory=dict, init=False)
 
     @property
@@ -119,6 +122,17 @@ class Launch:
             self._block_masks[key] = self._write_block_mask(key)
         return self._block_masks[key]
 
+    def kernel_options(self, heads: Sequence[int]) -> dict[str, bool]:
+        """The hints that are proved of `block_mask(heads)`, for torch's Triton kernels."""
+        return self._hints.get(tuple(heads) if self.has_planes else (), {})
+
+    def mask_mod(self, heads: Sequence[int]) -> MaskMod:
+        """The whole mask, exact for every element, of some of its heads counted from 0."""
+        grid = self.classes.grid
+        return self._lowered(
+            self.mask, grid._replace(heads=tuple(heads)) if self.has_planes else grid
+        )
+
     def sinks_and_windows(self, heads: Sequence[int]) -> tuple[Tensor, Tensor]:
         """`streams` of some heads as int32 tensors [heads], sinks and windows."""
         assert self.streams is not None
@@ -135,14 +149,18 @@ class Launch:
         if heads and heads != classes.grid.heads:
             classes = classes.of_heads(heads)
         grid = classes.grid
-        # a kernel counts its heads from 0
-        renumbered = None if grid.heads == tuple(range(len(grid.heads))) else grid.heads
-        wide = needs_int64(self.mask, grid)
-        mask_mod = lower(self.mask, self.device, grid.q_offset, renumbered, wide)
+        mask_mod = self._lowered(needed(self.mask, classes), grid)
         # On CPU torch wants lists as wide as the grid, and has no backward that would read q lists.
         # Overlapping views are that wide and take no memory, but each width costs a kernel: they
         # are for grids whose lists would be large.
         on_cpu = self.device.type == "cpu"
         compact = not on_cpu or grid.planes * grid.rows * grid.columns > LARGE_GRID
         kept = write_kept_blocks(classes, self.device, compact=compact, q_lists=not on_cpu)
+        if not on_cpu:
+            self._hints[heads] = kernel_options(self.mask, classes, kept)
         return block_mask(grid, kept, mask_mod, widen=on_cpu)
+
+    def _lowered(self, mask: Mask, grid: Grid) -> MaskMod:
+        # a kernel counts its heads from 0
+        renumbered = None if grid.heads == tuple(range(len(grid.heads))) else grid.heads
+        return lower(mask, self.device, grid.q_offset, renumbered, needs_int64(mask, grid))

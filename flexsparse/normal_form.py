@@ -124,7 +124,7 @@ def _without_needless(union: Iterable[Term]) -> tuple[Term, ...] | None:
 
 
 def _linear(a: Expr, b: Expr) -> tuple[int, int, int] | None:
-    """a - b as (of q_idx, of kv_idx, constant), or None if it is not linear in them."""
+    """What a - b is: (of q_idx, of kv_idx, constant), or None if not linear in them."""
     sides = [_coefficients(a), _coefficients(b)]
     if sides[0] is None or sides[1] is None:
         return None

@@ -20,7 +20,7 @@ ORDER = [
     {"text", "heads", "pyramid", "naming", "normal_form", "unify"},
     {"interval"},
     {"classify", "tracing"},
-    {"validate", "blocks", "cost"},
+    {"validate", "blocks", "cost", "needed", "hints"},
     {"lower"},
     {"executors", "dropout"},
     {"launch"},

@@ -16,8 +16,9 @@ from torch.nn.attention import flex_attention as torch_flex
 from torch.nn.attention.flex_attention import BlockMask
 
 from flexsparse.dropout import Dropout
+from flexsparse.executors import flex_cpu
 
-KEY_LENGTH = 16
+KEY_LENGTH = 18
 
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -79,6 +80,7 @@ def run(
     scale: float | None = None,
     score_mod: ScoreMod | None = None,
     dropout: Dropout | None = None,
+    kernel_options: dict[str, bool] | None = None,
     return_lse: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention with a BlockMask: out [B, n_heads, q_len, Dv], LSE [B, n_heads, q_len] or None."""
@@ -86,15 +88,16 @@ def run(
         return _run_dropped(
             q, k, v, block_mask, dropout, scale=scale, score_mod=score_mod, return_lse=return_lse
         )
+    hints = kernel_options or {}
     if torch.compiler.is_compiling():
         # A compiler above us is at work: hand it the plain operator. Inductor's CPU kernel ignores
         # the storage offset of a view made inside the graph (torch 2.13), so it gets no views.
         if q.device.type == "cpu":
             q, k, v = q.clone(), k.clone(), v.clone()
-        return _attend(q, k, v, block_mask, score_mod, scale, return_lse)  # type: ignore[no-any-return]
-    arguments = (q, k, v, block_mask, score_mod, scale, return_lse)
+        return _attend(q, k, v, block_mask, score_mod, scale, return_lse, hints)  # type: ignore[no-any-return]
+    arguments = (q, k, v, block_mask, score_mod, scale, return_lse, hints)
     _fix_table_lengths(block_mask.mask_mod, score_mod)
-    key = _kernel_key(q, k, v, block_mask, score_mod, return_lse)
+    key = _kernel_key(q, k, v, block_mask, score_mod, return_lse, hints)
     if key in _fixed_lengths:
         key = (*key, q.shape, k.shape, scale)
     kernel = _kernels.get(key)
@@ -104,7 +107,7 @@ def run(
         # on CPU, lengths are data from the first call on; measured as fast as fixed lengths
         fixed = len(key) > KEY_LENGTH
         dynamic = False if fixed else True if q.device.type == "cpu" else None
-        kernel = _kernels[key] = _compile(dynamic)
+        kernel = _kernels[key] = _compile(dynamic, q.device)
         # without this, lengths that happen to be equal in the first call would have to stay equal
         with torch.fx.experimental._config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
             return kernel(*arguments)  # type: ignore[no-any-return]
@@ -117,7 +120,16 @@ def run(
         if q.device.type != "cpu" or len(key) > KEY_LENGTH:
             raise
         _fixed_lengths.add(key)
-    return run(q, k, v, block_mask, scale=scale, score_mod=score_mod, return_lse=return_lse)
+    return run(
+        q,
+        k,
+        v,
+        block_mask,
+        scale=scale,
+        score_mod=score_mod,
+        kernel_options=kernel_options,
+        return_lse=return_lse,
+    )
 
 
 def _run_dropped(
@@ -163,9 +175,12 @@ def _attend(
     score_mod: ScoreMod | None,
     scale: float | None,
     return_lse: bool,
+    hints: dict[str, bool],
 ) -> Any:
     gqa = q.shape[1] != k.shape[1]
     options: dict[str, Any] = {"block_mask": block_mask, "scale": scale, "enable_gqa": gqa}
+    if hints:
+        options["kernel_options"] = hints
     if return_lse:
         aux = torch_flex.AuxRequest(lse=True)
         out, extra = torch_flex.flex_attention(q, k, v, score_mod, return_aux=aux, **options)
@@ -181,17 +196,19 @@ def _attend_compiled(
     score_mod: ScoreMod | None,
     scale: float | None,
     return_lse: bool,
+    hints: dict[str, bool],
 ) -> Any:
     if not torch.compiler.is_compiling():
         raise _GaveUpError
-    return _attend(q, k, v, block_mask, score_mod, scale, return_lse)
+    return _attend(q, k, v, block_mask, score_mod, scale, return_lse, hints)
 
 
-def _compile(dynamic: bool | None) -> Callable[..., Any]:
+def _compile(dynamic: bool | None, device: torch.device) -> Callable[..., Any]:
     """A compiled flex_attention with a code object, and so a cache and a limit, of its own."""
     own_code = _attend_compiled.__code__.replace()
     function = types.FunctionType(own_code, _attend_compiled.__globals__, "_attend_compiled")
-    return torch.compile(function, dynamic=dynamic, fullgraph=True)
+    backend = flex_cpu.compile_graph if device.type == "cpu" else "inductor"
+    return torch.compile(function, dynamic=dynamic, fullgraph=True, backend=backend)
 
 
 def _compile_error() -> type[Exception]:
@@ -220,6 +237,7 @@ def _kernel_key(
     block_mask: BlockMask,
     score_mod: ScoreMod | None,
     return_lse: bool,
+    hints: dict[str, bool],
 ) -> Any:
     """What a kernel is specialised for: the structure of the mask and never its numbers."""
     code = getattr(block_mask.mask_mod, "__code__", block_mask.mask_mod)
@@ -230,6 +248,7 @@ def _kernel_key(
         code,
         score_code,
         return_lse,
+        tuple(hints),
         grad,
         q.device,
         q.dtype,
@@ -237,6 +256,7 @@ def _kernel_key(
         k.shape[1],
         q.shape[3],
         v.shape[3],
+        tuple(size == 1 for size in block_mask.kv_indices.shape),
         q.shape[0] == 1,
         q.shape[2] == 1,
         k.shape[2] == 1,

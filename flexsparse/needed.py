@@ -1,0 +1,61 @@
+"""Which terms of a mask a kernel has to evaluate: those that can be false inside a PARTIAL block.
+
+Kernels apply the mask_mod to PARTIAL blocks alone. Of `causal & blocks(table)`, say, the table has
+decided which blocks are kept; where the diagonal cuts one, it is true throughout.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flexsparse.classify import BlockClasses, Rectangles, bound_cells, interval_reading
+from flexsparse.expr import Mask, everything
+
+MOST_BLOCKS = 1 << 16  # beyond so many PARTIAL blocks the proof would cost more than it saves
+
+
+def needed(mask: Mask, classes: BlockClasses) -> Mask:
+    """The mask without the terms of its conjunction that are true in all of its PARTIAL blocks."""
+    terms = _conjunction(mask)
+    if len(terms) == 1 or not 0 < classes.partial.blocks <= MOST_BLOCKS:
+        return mask
+    cells = _blocks(classes.partial)
+    kept = []
+    for term in terms:
+        always, _ = bound_cells(term, interval_reading(term), classes.grid, cells, 1)
+        if not always.all():
+            kept.append(term)
+    if len(kept) == len(terms):
+        return mask
+    result = kept[0] if kept else everything
+    for term in kept[1:]:
+        result = result & term
+    return result
+
+
+def _conjunction(mask: Mask) -> list[Mask]:
+    """The masks that `&` combines, in order."""
+    terms: list[Mask] = []
+    stack = [mask]
+    while stack:
+        node = stack.pop()
+        if node.op == "&":
+            stack += [arg for arg in reversed(node.args) if isinstance(arg, Mask)]
+        else:
+            terms.append(node)
+    return terms
+
+
+def _blocks(rectangles: Rectangles) -> list[Tensor]:
+    """The blocks of rectangles, one by one: their planes, rows and columns."""
+    height = rectangles.row1 - rectangles.row0
+    width = rectangles.column1 - rectangles.column0
+    sizes = height * width
+    which = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
+    place = torch.arange(len(which)) - (sizes.cumsum(0) - sizes)[which]
+    return [
+        rectangles.plane[which],
+        rectangles.row0[which] + place // width[which],
+        rectangles.column0[which] + place % width[which],
+    ]
