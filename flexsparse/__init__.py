@@ -7,6 +7,7 @@ proves which blocks it keeps and runs it.
 from flexsparse.checks import Check, check
 from flexsparse.compiler import CompiledMask, compile_mask
 from flexsparse.difference import Difference, diff
+from flexsparse.drawing import compare, draw, roofline, zoom
 from flexsparse.drop_in import create_block_mask
 from flexsparse.errors import ExecutorError, MaskError
 from flexsparse.explanation import Explanation, explain
@@ -29,8 +30,9 @@ from flexsparse.expr import (
 )
 from flexsparse.heads import PerHead, per_head
 from flexsparse.naming import pattern
-from flexsparse.text import parse
+from flexsparse.parser import parse
 from flexsparse.tracing import from_mask_mod
+from flexsparse.varlen import varlen
 
 __version__ = "0.1.0"
 
@@ -49,9 +51,11 @@ __all__ = [
     "bit_or",
     "bit_xor",
     "check",
+    "compare",
     "compile_mask",
     "create_block_mask",
     "diff",
+    "draw",
     "everything",
     "explain",
     "from_mask_mod",
@@ -65,5 +69,8 @@ __all__ = [
     "pattern",
     "per_head",
     "q_idx",
+    "roofline",
+    "varlen",
     "where",
+    "zoom",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ from flexsparse.inputs import mismatch
 from flexsparse.launch import Launch
 from flexsparse.lower import LoweredMask
 from flexsparse.validate import needs_int64
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def compile_mask(
@@ -243,6 +246,20 @@ class CompiledMask:
         return report.text(self)
 
     __repr__ = __str__
+
+    def plot(self) -> Figure:
+        """Draw the blocks of each distinct mask, with the work of each row and head (matplotlib).
+
+        The same as `flexsparse.draw(attend)`, which takes options.
+        """
+        from flexsparse.drawing import draw
+
+        return draw(self)
+
+    def _repr_html_(self) -> str:
+        from flexsparse.drawing import html
+
+        return html(self)
 
 
 def _as_per_head(mask: Mask | PerHead, n_heads: int | None) -> PerHead:

@@ -238,6 +238,11 @@ class Mask(Expr):
 
         return named_text(self)
 
+    def _repr_html_(self) -> str:
+        from flexsparse.drawing import html
+
+        return html(self)
+
     def check(
         self,
         q_len: int,

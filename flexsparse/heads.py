@@ -57,6 +57,11 @@ class PerHead:
 
     __repr__ = __str__
 
+    def _repr_html_(self) -> str:
+        from flexsparse.drawing import html
+
+        return html(self)
+
 
 def per_head(masks: Sequence[Mask]) -> PerHead:
     """Give each query head its own mask: masks[i] is head i's; equal masks are compiled once.

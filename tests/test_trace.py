@@ -11,7 +11,7 @@ from flexsparse import MaskError, compile_mask, h, kv_idx, q_idx
 from flexsparse.classify import Grid, classify
 from flexsparse.interval import INTERVAL_READING, Interval
 from flexsparse.masks import causal, window
-from flexsparse.text import parse
+from flexsparse.parser import parse
 from flexsparse.tracing import from_mask_mod
 from flexsparse.validate import problem
 

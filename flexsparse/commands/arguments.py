@@ -13,7 +13,7 @@ from torch import Tensor
 
 import flexsparse.masks
 from flexsparse.expr import Mask
-from flexsparse.text import parse
+from flexsparse.parser import parse
 
 
 class CommandError(Exception):

@@ -6,9 +6,8 @@ that each are one run of tokens. CUDA, half precision, gradients.
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections.abc import Callable
+from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
@@ -117,7 +116,7 @@ def unsupported(
             "varlen_attn takes one head_dim, a multiple of 8 up to 256; q has "
             f"{q.shape[-1]} and v has {v.shape[-1]}"
         )
-    if q.shape[1] != k.shape[1] and "enable_gqa" not in _parameters():
+    if q.shape[1] != k.shape[1] and not _takes("enable_gqa"):
         return "varlen_attn of this torch has no grouped-query attention"
     if score_mod is not None:
         return "varlen_attn takes no score_mod"
@@ -128,10 +127,9 @@ def unsupported(
     return None
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def missing() -> str | None:
     """Why this torch cannot run bands, or None."""
-    if "window_size" not in _parameters():
+    if not _takes("window_size"):
         return "this torch has no torch.nn.attention.varlen.varlen_attn with a window_size"
     return None
 
@@ -142,7 +140,9 @@ def run(q: Tensor, k: Tensor, v: Tensor, mask: Band, *, scale: float | None = No
     cu_q, cu_k = (_starts(mask, batch, x.shape[2], q.device) for x in (q, k))
     gqa = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
     longest = [min(mask.longest, x.shape[2]) for x in (q, k)]
-    out = _varlen_attn()(
+    varlen_attn = _varlen_attn()
+    assert varlen_attn is not None
+    out = varlen_attn(
         *(x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)),
         cu_q,
         cu_k,
@@ -161,15 +161,21 @@ def _starts(mask: Band, batch: int, length: int, device: torch.device) -> Tensor
     return torch.cat([(first + within).flatten(), first.new_tensor([batch * length])])
 
 
-def _varlen_attn() -> Callable[..., Any]:
-    from torch.nn.attention import varlen
+def _varlen_attn() -> Callable[..., Any] | None:
+    # seconds to import, and wanted on CUDA alone; a plan does it before torch.compile could see it
+    if "varlen_attn" not in _imported:
+        try:
+            from torch.nn.attention.varlen import varlen_attn
+        except ImportError:  # a torch without it
+            varlen_attn = None
+        _imported["varlen_attn"] = varlen_attn
+        _imported["parameters"] = set(signature(varlen_attn).parameters) if varlen_attn else set()
+    return _imported["varlen_attn"]  # type: ignore[no-any-return]
 
-    return varlen.varlen_attn
+
+def _takes(parameter: str) -> bool:
+    _varlen_attn()
+    return parameter in _imported["parameters"]
 
 
-@functools.cache
-def _parameters() -> frozenset[str]:
-    try:
-        return frozenset(inspect.signature(_varlen_attn()).parameters)
-    except ImportError:
-        return frozenset()
+_imported: dict[str, Any] = {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import shutil
 import sys
@@ -23,27 +22,24 @@ KEY_LENGTH = 18
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def missing(device: torch.device) -> str | None:
-    """Why flex_attention cannot be compiled on this machine, as a sentence, or None if it can."""
-    return _missing_on_cpu() if device.type == "cpu" else None
-
-
-@functools.cache
 def _missing_on_cpu() -> str | None:
     if sys.platform == "darwin" or not torch.cpu._is_avx2_supported():
         return "flex_attention on CPU needs an x86 processor with AVX2, under Linux or Windows"
-    if shutil.which(os.environ.get("CXX", "g++")) is None:
-        from torch._inductor.cpp_builder import get_cpp_compiler  # slow to import
-
-        try:
-            get_cpp_compiler()
-        except Exception:  # of a type that depends on the platform
-            return (
-                "flex_attention on CPU needs a C++ compiler, and there is none: install g++, or "
-                "name yours in the environment variable CXX"
-            )
+    compiler = os.environ.get("CXX", "cl" if sys.platform == "win32" else "g++")
+    if shutil.which(compiler) is None:
+        return (
+            f"flex_attention on CPU needs a C++ compiler, and {compiler} is not to be found: "
+            "install it, or name yours in the environment variable CXX"
+        )
     return None
+
+
+_MISSING_ON_CPU = _missing_on_cpu()  # looked up once: torch.compile takes it as a constant
+
+
+def missing(device: torch.device) -> str | None:
+    """Why flex_attention cannot be compiled on this machine, as a sentence, or None if it can."""
+    return _MISSING_ON_CPU if device.type == "cpu" else None
 
 
 def unsupported(

@@ -117,6 +117,9 @@ def unsupported(
 
 def _unsupported_device(q: Tensor) -> str | None:
     if q.is_cuda:
+        # fake CUDA tensors exist without a device
+        if torch.cuda.is_available() and torch.cuda.get_device_properties(q.device).major < 8:
+            return f"{q.device} is older than compute capability 8.0, which the kernels need"
         return None
     if not _INTERPRETED:
         return (
@@ -180,6 +183,9 @@ def streaming_attention(
         raise ExecutorError(f"streaming attention cannot run this call: {reason}.")
     from flexsparse.executors import streaming_decode, streaming_ops
 
+    if isinstance(q_offset, int) and cu_seqlens_q is None and page_table is None:
+        # the kernels' own default costs no tensor
+        q_offset = None if q_offset == k.shape[2] - q.shape[2] else q_offset
     if isinstance(q_offset, int):
         n_seqs = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.numel() - 1
         q_offset = torch.full((n_seqs,), q_offset, dtype=torch.int32, device=q.device)

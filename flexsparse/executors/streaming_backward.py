@@ -40,7 +40,7 @@ def streaming_delta_kernel(
 
 @triton.jit
 def load_lse(ptr, offset, valid):
-    """lse in base 2; inf, which makes every weight 0, in rows that are empty or past the end."""
+    """Load lse in base 2; inf in empty rows and past the end, so that every weight there is 0."""
     lse = tl.load(ptr + offset, mask=valid, other=float("inf")) * LOG2E
     return tl.where(lse == float("-inf"), float("inf"), lse)
 

@@ -50,16 +50,19 @@ def streaming_decode_kernel(
 
     Pair r is query row r // group_size of head r % group_size of one kv head's group.
     """
+    # only the first axis of a grid can be long
     split = tl.program_id(1)
     n_kv_heads = n_heads // group_size
-    batch = tl.program_id(2) // n_kv_heads
-    kv_head = tl.program_id(2) % n_kv_heads
+    n_row_tiles = (q_len * group_size + BLOCK_ROWS - 1) // BLOCK_ROWS
+    pair = tl.program_id(0) // n_row_tiles
+    batch = pair // n_kv_heads
+    kv_head = pair % n_kv_heads
     if kv_lens is not None:
         kv_len = tl.load(kv_lens + batch)
     offset = kv_len - q_len
     if q_offset is not None:
         offset = tl.load(q_offset + batch)
-    r0 = tl.program_id(0) * BLOCK_ROWS
+    r0 = tl.program_id(0) % n_row_tiles * BLOCK_ROWS
     r = r0 + tl.arange(0, BLOCK_ROWS)
     row = r // group_size  # [BLOCK_ROWS]
     head = kv_head * group_size + r % group_size
@@ -101,7 +104,7 @@ def streaming_decode_kernel(
         )  # fmt: skip
 
     out, lse = out_and_lse(state)
-    n_batch = tl.num_programs(2) // n_kv_heads
+    n_batch = tl.num_programs(0) // n_row_tiles // n_kv_heads
     at = ((split * n_batch + batch) * n_heads + head).to(tl.int64) * q_len + row
     store_rows(out_ptr, at * V_DIM, valid, out, V_DIM, BLOCK_DV)
     tl.store(lse_ptr + at, lse, mask=valid)
@@ -140,7 +143,7 @@ def tile_for(rows: int, widest: int, dtype: torch.dtype) -> tuple[int, int]:
         return 32, 4
     if widest <= 128:
         return 64, 4
-    return (64, 8) if rows == 64 else (32, 4)
+    return (32, 8) if rows == 64 else (32, 4)
 
 
 @torch.library.custom_op("flexsparse::streaming_decode", mutates_args=())
@@ -165,11 +168,11 @@ def streaming_decode(
     n_kv_heads = k.shape[1]
     group_size = n_heads // n_kv_heads
     rows = next((n for n in ROWS if q_len * group_size <= n), ROWS[-1])
-    n_tiles = cdiv(q_len * group_size, rows)
+    programs = batch * n_kv_heads * cdiv(q_len * group_size, rows)
     n_pages = 0 if page_table is None else page_table.shape[1]
     page_size = 0 if page_table is None else k.shape[2]
     max_keys = k.shape[2] if page_table is None else n_pages * page_size
-    n_splits = splits_for(n_tiles * batch * n_kv_heads, max_keys)
+    n_splits = splits_for(programs, max_keys)
     part, part_lse = out, lse
     if n_splits > 1:
         part = torch.empty((n_splits, *out.shape), dtype=torch.float32, device=q.device)
@@ -177,7 +180,7 @@ def streaming_decode(
     shape = dims(q, v)
     block_kv, warps = tile_for(rows, max(q.shape[-1], v.shape[-1]), q.dtype)
     with torch.cuda.device_of(q):
-        streaming_decode_kernel[(n_tiles, n_splits, batch * n_kv_heads)](
+        streaming_decode_kernel[(programs, n_splits)](
             q, k, v, part, part_lse, sink, window, q_offset, page_table, kv_lens,
             *strides(q, k, v), n_heads, group_size, q_len, k.shape[2], n_splits, n_pages,
             *score_factors(scale, softcap), **shape, BLOCK_ROWS=rows, BLOCK_KV=block_kv,

@@ -237,7 +237,7 @@ def no_keys_yet(ROWS: tl.constexpr, BLOCK_DV: tl.constexpr):
 
 @triton.jit
 def out_and_lse(state):
-    """out and the natural-log lse of a finished online softmax; 0 and -inf where no key was."""
+    """Finish the online softmax: out and the natural-log lse, 0 and -inf where no key was."""
     m, norm, acc = state
     empty = norm == 0.0
     out = acc / tl.where(empty, 1.0, norm)[:, None]

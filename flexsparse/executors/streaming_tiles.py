@@ -52,7 +52,7 @@ TILES: dict[tuple[int, int], Tiles] = {
         (64, 32, 4, 3), (128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), (32, 64, 8, 3)
     ),
     (80, 256): _tiles(
-        (64, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2)
+        (64, 32, 8, 2), (64, 32, 8, 2), (32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 8, 2)
     ),
     (90, 64): _tiles(
         (64, 64, 4, 3), (128, 64, 8, 3), (64, 64, 4, 2), (128, 64, 8, 2), (32, 64, 4, 3)
@@ -78,9 +78,15 @@ FLOAT32_TILES = Tiles(*[Tile(32, 32, 4, 1)] * 5)
 
 
 def architecture(device: torch.device) -> int:
-    """The row of TILES for a device: 80, 90 or 100."""
-    major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 8
-    return min(max(major, 8), 10) * 10
+    """The row of TILES for a device: 80, 90 or 100.
+
+    The rows of sm_80 fit the 99 KB of shared memory of sm_86, sm_89 and sm_120, which, like sm_80,
+    have no tensor cores that read shared memory.
+    """
+    if device.type != "cuda":
+        return 80
+    major = torch.cuda.get_device_capability(device)[0]
+    return {9: 90, 10: 100, 11: 100}.get(major, 80)
 
 
 def tiles_for(q: Tensor, v: Tensor) -> Tiles:
@@ -92,7 +98,7 @@ def tiles_for(q: Tensor, v: Tensor) -> Tiles:
 
 
 def cdiv(a: int, b: int) -> int:
-    """A quotient rounded up."""
+    """Return a / b rounded up."""
     return -(-a // b)
 
 

@@ -1,0 +1,112 @@
+"""What stands below the panels: work per head, the key to the colours, and the densities."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flexsparse.drawing.colours import LIGHT, css, painted
+from flexsparse.drawing.panels import Panels
+from flexsparse.drawing.paper import LINE, Sheet
+from flexsparse.drawing.words import percent
+
+
+def shows_heads(shown: Panels) -> bool:
+    """Whether there are heads to tell apart."""
+    return len({h for panel in shown.shown for _, h in panel.owners}) > 1
+
+
+def draw_head_bars(sheet: Sheet, shown: Panels, x: float, y: float, width: float) -> None:
+    """A bar for each head: the blocks it computes, as a part of all."""
+    grid = shown.grid
+    every = grid.rows * grid.columns
+    sheet.text(x, y, "Blocks computed for each head, of all blocks", size=8, weight="bold")
+    heads: dict[int, tuple[float, float]] = {}
+    for panel in shown.shown:
+        for _, h in panel.owners:
+            if h is not None:  # of several batch rows the first counts
+                parts = (int(panel.full.sum()) / every, int(panel.partial.sum()) / every)
+                heads.setdefault(h, parts)
+    places = sorted(heads)
+    axes = sheet.axes(x + 0.42, y + 0.2, min(width - 0.42, 0.2 + 0.42 * len(places)), 0.55)
+    full, partial = ([heads[h][i] for h in places] for i in (0, 1))
+    axes.bar(places, full, 0.7, color=css(LIGHT.full))
+    axes.bar(places, partial, 0.7, bottom=full, color=css(LIGHT.partial))
+    highest = max(a + b for a, b in heads.values())
+    axes.set_xlim(places[0] - 0.6, places[-1] + 0.6)
+    axes.set_ylim(0, max(highest, 1e-9) * 1.05)
+    axes.axhline(0, color=LINE, linewidth=0.8)
+    axes.set_yticks([0, highest], ["0", percent(highest)])
+    step = max(1, -(-len(places) // 40))
+    axes.set_xticks(places[::step], [str(h) for h in places[::step]])
+
+
+class Key(NamedTuple):
+    """An entry of the key: an image of one row, its width in inches, and what it means."""
+
+    image: Tensor
+    width: float
+    text: str
+
+
+def state_keys(*, elements: bool) -> list[Key]:
+    """The key to the colours of the states of blocks, or of elements."""
+
+    def key(state: int, text: str, dots: int = 1) -> Key:
+        shade = torch.linspace(0, 1, dots)[None]
+        image = painted(torch.full_like(shade, state), shade)
+        return Key(image, 0.9 if dots > 1 else 0.2, text)
+
+    if elements:
+        return [key(2, "kept"), key(0, "masked")]
+    return [
+        key(0, "empty: skipped"),
+        key(1, "partial: masked inside", dots=64),
+        key(2, "full: computed without the mask"),
+    ]
+
+
+def draw_key(sheet: Sheet, keys: Sequence[Key], x: float, y: float) -> None:
+    """The key to the colours."""
+    for image, width, text in keys:
+        axes = sheet.axes(x, y, width, 0.16)
+        axes.imshow(image.numpy(), aspect="auto", extent=(0, 1, 0, 1))
+        for spine in axes.spines.values():
+            spine.set(visible=True, color=LINE, linewidth=0.8)
+        if image.shape[1] > 1:
+            axes.set_xticks([0, 1], ["0", "100 % kept"])
+        sheet.text(x + width + 0.07, y + 0.01, text, size=8)
+        x += width + 0.07 + len(text) * 0.062 + 0.3
+
+
+def notes(shown: Panels) -> list[str]:
+    """What the picture does not show by itself, a sentence each."""
+    first = shown.shown[0]
+    elements = shown.weighted([panel.element_density for panel in shown.shown])
+    lines = []
+    if first.elements is not None:
+        lines.append(f"{percent(elements)} of the elements are kept.")
+        bars = "keys that a query sees"
+    else:
+        blocks = shown.weighted([panel.block_density for panel in shown.shown])
+        lines.append(f"{percent(blocks)} of all blocks are computed; {_kept(elements)}.")
+        high, wide = first.pools.side
+        if (high, wide) != (1, 1):
+            lines.append(
+                f"A cell is {high} × {wide} blocks: in colour if any of them is computed, full if "
+                "all are full."
+            )
+        bars = "blocks computed for a row of queries"
+    lines.append(f"Bars at the right: {bars}; the number below is the most.")
+    if shown.left_out:
+        lines.append(f"{shown.left_out:,} more distinct masks are left out.")
+    return lines
+
+
+def _kept(elements: float | None) -> str:
+    if elements is None:
+        return "kept elements were not counted, and shades are of computed blocks"
+    return f"{percent(elements)} of all elements are kept"

@@ -1,0 +1,295 @@
+"""Masks read from text. Nothing is ever evaluated.
+
+The grammar is Python's, with Python's precedence, of these pieces alone:
+
+    mask       or over ^ over & over comparisons:  |  ^  &  < <= > >= ==
+    index      + - over * // % over unary - ~ over primaries
+    primary    integer, name, name(arguments), (mask), primary.equals(index)
+    arguments  any of the above, or literals: 1.5, True, None, 'text', [1, 2], (1, 2), and key=value
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
+
+from flexsparse.errors import MaskError
+from flexsparse.expr import (
+    Expr,
+    Index,
+    Mask,
+    as_index,
+    b,
+    bit_and,
+    bit_or,
+    bit_xor,
+    h,
+    kv_idx,
+    maximum,
+    minimum,
+    q_idx,
+    where,
+)
+from flexsparse.text import INFIX, OR, SUM, UNARY
+
+BUILTINS: dict[str, Any] = {
+    "b": b,
+    "h": h,
+    "q_idx": q_idx,
+    "kv_idx": kv_idx,
+    "abs": abs,
+    "minimum": minimum,
+    "maximum": maximum,
+    "where": where,
+    "bit_and": bit_and,
+    "bit_or": bit_or,
+    "bit_xor": bit_xor,
+}
+
+
+def parse(text: str, names: Mapping[str, Any] | None = None) -> Mask:
+    """Read a mask from its text, which gives back every mask of integers without tensors.
+
+    Args:
+        text: for example 'causal & (sink(64) | window(256))', or a formula of q_idx and kv_idx.
+        names: the patterns the text may use, such as vars(flexsparse.masks). Only what is in here
+            (and b, h, q_idx, kv_idx, abs, minimum, maximum, where, bit_and, ...) can be called.
+
+    Raises:
+        MaskError: with the column, what was found there, and the nearest known name.
+    """
+    return _Parser(text, {**BUILTINS, **(names or {})}).mask()
+
+
+_TOKEN = re.compile(
+    r"\s*(?:(?P<number>\d+\.\d+(?:[eE][-+]?\d+)?|\d+)|(?P<name>[A-Za-z_]\w*)|(?P<string>'[^']*'|\"[^\"]*\")"
+    r"|(?P<op>//|<=|>=|==|[-+*%<>&|^~()\[\],.=]))"
+)
+_LITERALS = {"None": None}
+MOST_NESTED = 40  # each level takes a dozen of Python's frames
+
+
+class _Parser:
+    """Recursive descent over tokens (kind, text, column); columns count from 1."""
+
+    def __init__(self, text: str, names: Mapping[str, Any]) -> None:
+        self.text = text
+        self.names = names
+        self.tokens = self._tokens()
+        self.position = 0
+        self.depth = 0
+
+    def _tokens(self) -> list[tuple[str, str, int]]:
+        if not isinstance(self.text, str):
+            raise MaskError(f"A mask is parsed from a str, not {type(self.text).__name__}.")
+        tokens, place, end = [], 0, len(self.text.rstrip())
+        while place < end:
+            match = _TOKEN.match(self.text, place)
+            if match is None:
+                place += len(self.text[place:]) - len(self.text[place:].lstrip())
+                self.fail(place + 1, f"{self.text[place]!r} is not part of the mask language")
+            assert match.lastgroup is not None
+            kind = match.lastgroup
+            tokens.append((kind, match[kind], match.start(kind) + 1))
+            place = match.end()
+        return [*tokens, ("end", "the end of the text", end + 1)]
+
+    def fail(self, column: int, reason: str) -> NoReturn:
+        pointer = " " * (column - 1) + "^"
+        raise MaskError(
+            f"Cannot read the mask at column {column}: {reason}.\n  {self.text}\n  {pointer}"
+        )
+
+    def take(self, *texts: str) -> tuple[str, int] | None:
+        kind, text, column = self.tokens[self.position]
+        if kind == "op" and text in texts:
+            self.position += 1
+            return text, column
+        return None
+
+    def expect(self, text: str) -> None:
+        if self.take(text) is None:
+            _, found, column = self.tokens[self.position]
+            self.fail(column, f"expected {text!r} and found {found!r}")
+
+    def mask(self) -> Mask:
+        value = self.comparison()
+        kind, found, column = self.tokens[self.position]
+        if kind != "end":
+            self.fail(column, f"expected an operator and found {found!r}")
+        if isinstance(value, bool):
+            return Mask("const", payload=value)
+        if not isinstance(value, Mask):
+            what = "an index expression" if isinstance(value, Index) else repr(value)
+            self.fail(1, f"the text is {what}, not a mask; compare it with < <= > >= or .equals")
+        return value
+
+    def comparison(self) -> Any:
+        left = self.infix(OR)
+        operator = self.take("<", "<=", ">", ">=", "==")
+        if operator is None:
+            return left
+        right = self.infix(OR)
+        chained = self.take("<", "<=", ">", ">=", "==")
+        if chained:
+            fix = "split a <= x < b into (a <= x) & (x < b)"
+            self.fail(chained[1], f"comparisons do not chain; {fix}")
+        compare: dict[str, Callable[[Any, Any], Mask]] = {
+            "<": lambda a, c: a < c,
+            "<=": lambda a, c: a <= c,
+            ">": lambda a, c: a > c,
+            ">=": lambda a, c: a >= c,
+            "==": lambda a, c: a.equals(c),
+        }
+        return self.apply(compare[operator[0]], operator[1], left, right, Index)
+
+    def infix(self, strength: int) -> Any:
+        if strength == UNARY:
+            return self.unary()
+        left = self.infix(strength + 1)
+        operators = tuple(op for op in _OPERATORS if INFIX[op] == strength)
+        kind = Mask if strength < SUM else Index
+        while (operator := self.take(*operators)) is not None:
+            right = self.infix(strength + 1)
+            left = self.apply(_OPERATORS[operator[0]], operator[1], left, right, kind)
+        return left
+
+    def apply(
+        self, build: Callable[..., Any], column: int, left: Any, right: Any, kind: type
+    ) -> Any:
+        sides = []
+        for side in (left, right):
+            if kind is Mask and isinstance(side, bool):
+                side = Mask("const", payload=side)
+            elif kind is Index and isinstance(side, int) and not isinstance(side, bool):
+                side = as_index(side)
+            if not isinstance(side, kind):
+                what = "a mask" if isinstance(side, Mask) else "an index expression"
+                what = what if isinstance(side, Expr) else repr(side)
+                fix = "put parentheses round comparisons: (a <= b) & (c < d)"
+                need = "masks" if kind is Mask else "integers and index expressions"
+                self.fail(column, f"this operator takes {need} and one side is {what}; {fix}")
+            sides.append(side)
+        return self.guard(column, build, *sides)
+
+    def guard(self, column: int, build: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Build, and give an error of the mask's own the place in the text where it arose."""
+        try:
+            return build(*args, **kwargs)
+        except MaskError as error:
+            self.fail(column, str(error).rstrip("."))
+        except TypeError as error:
+            self.fail(column, str(error))
+
+    def unary(self) -> Any:
+        operator = self.take("-", "~")
+        if operator is None:
+            return self.postfix()
+        value = self.nested(operator[1], self.unary)
+        if operator[0] == "-":
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                return -value
+            return self.apply(lambda a, c: -a, operator[1], value, value, Index)
+        return self.apply(lambda a, c: ~a, operator[1], value, value, Mask)
+
+    def nested(self, column: int, read: Callable[[], Any]) -> Any:
+        self.depth += 1
+        if self.depth > MOST_NESTED:
+            self.fail(column, f"more than {MOST_NESTED} levels of nesting")
+        value = read()
+        self.depth -= 1
+        return value
+
+    def postfix(self) -> Any:
+        value = self.primary()
+        while (dot := self.take(".")) is not None:
+            _, name, column = self.tokens[self.position]
+            if name != "equals":
+                self.fail(column, f"only .equals(...) may follow a dot, not {name!r}")
+            self.position += 1
+            args, kwargs = self.arguments()
+            if len(args) != 1 or kwargs:
+                self.fail(column, f"equals takes one index and got {len(args) + len(kwargs)}")
+            other = args[0]
+            value = self.apply(lambda a, c: a.equals(c), dot[1], value, other, Index)
+        return value
+
+    def primary(self) -> Any:
+        """A number, a string, a name, or what stands in brackets."""
+        kind, text, column = self.tokens[self.position]
+        self.position += 1
+        if kind == "number":
+            return float(text) if "." in text else int(text)
+        if kind == "string":
+            return text[1:-1]
+        if kind == "name":
+            return self.name(text, column)
+        if text == "(":
+            values, is_tuple = self.items(")", column)
+            return tuple(values) if is_tuple else values[0]
+        if text != "[":
+            self.fail(column, f"expected a pattern, a number or '(' and found {text!r}")
+        return self.items("]", column)[0]
+
+    def items(self, close: str, column: int) -> tuple[list[Any], bool]:
+        """What stands between brackets, and whether a comma makes it a tuple."""
+        values: list[Any] = []
+        comma = False
+        while self.take(close) is None:
+            if values and not comma:
+                self.expect(",")
+            values.append(self.nested(column, self.comparison))
+            comma = self.take(",") is not None
+            if not comma:
+                self.expect(close)
+                return values, len(values) != 1
+        return values, True
+
+    def name(self, text: str, column: int) -> Any:
+        if text in ("True", "False"):
+            return text == "True"
+        if text in _LITERALS:
+            return _LITERALS[text]
+        if text not in self.names:
+            near = difflib.get_close_matches(text, self.names, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            known = ", ".join(sorted(self.names))
+            self.fail(column, f"unknown name {text!r}{hint} Known names: {known}")
+        value = self.names[text]
+        if callable(value) and not isinstance(value, Expr):
+            _, found, place = self.tokens[self.position]
+            if found != "(":
+                self.fail(place, f"{text} needs its arguments: {text}(...)")
+            args, kwargs = self.arguments()
+            return self.guard(column, value, *args, **kwargs)
+        return value
+
+    def arguments(self) -> tuple[list[Any], dict[str, Any]]:
+        _, _, column = self.tokens[self.position]
+        self.expect("(")
+        args: list[Any] = []
+        kwargs: dict[str, Any] = {}
+        while self.take(")") is None:
+            if args or kwargs:
+                self.expect(",")
+            kind, name, _ = self.tokens[self.position]
+            if kind == "name" and self.tokens[self.position + 1][1] == "=":
+                self.position += 2
+                kwargs[name] = self.nested(column, self.comparison)
+            else:
+                args.append(self.nested(column, self.comparison))
+        return args, kwargs
+
+
+_OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
+    "|": lambda a, c: a | c,
+    "^": lambda a, c: a ^ c,
+    "&": lambda a, c: a & c,
+    "+": lambda a, c: a + c,
+    "-": lambda a, c: a - c,
+    "*": lambda a, c: a * c,
+    "//": lambda a, c: a // c,
+    "%": lambda a, c: a % c,
+}
