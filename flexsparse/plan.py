@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
-from flexsparse import plan_json
+from flexsparse import masks, plan_json
 from flexsparse.errors import MaskError
 from flexsparse.expr import Mask, everything
 from flexsparse.heads import PerHead, head_ranges, per_head
@@ -127,7 +127,9 @@ class SparsePlan:
             MaskError: a mask has no text, because it reads a tensor.
         """
         texts = [
-            layer and tuple(_text(head, f"head {h} of layer {i}") for h, head in enumerate(layer))
+            None
+            if layer is None
+            else tuple(_text(head, f"head {h} of layer {i}") for h, head in enumerate(layer))
             for i, layer in enumerate(self.layers)
         ]
         plan_json.write(path, texts)
@@ -148,7 +150,7 @@ class SparsePlan:
             title = "  " + head_ranges(numbers).replace("head", "layer")
             lines.append(title if layer else f"{title}   as the model has them")
             for mask, of_mask in grouped(layer or ()).items():
-                lines.append(f"    {head_ranges(of_mask)}   {shown(mask)}")
+                lines.append(f"    {head_ranges(of_mask)}   {_shown(mask)}")
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -162,8 +164,8 @@ def reads_length(layer: tuple[Head, ...]) -> bool:
 @functools.lru_cache(maxsize=1024)
 def masks_at(layer: tuple[Head, ...], kv_len: int) -> PerHead:
     """The masks of a layer's heads at a number of keys; what the model has is `everything`."""
-    masks = [_at_length(head, kv_len) for head in layer]
-    return per_head([everything if mask is None else mask for mask in masks])
+    heads = [_at_length(head, kv_len) for head in layer]
+    return per_head([everything if mask is None else mask for mask in heads])
 
 
 def _at_length(head: Head, kv_len: int) -> Mask | None:
@@ -171,9 +173,6 @@ def _at_length(head: Head, kv_len: int) -> Mask | None:
 
 
 def _parsed(text: str, kv_len: int) -> Mask:
-    # the pattern library is written in flexsparse's names, so it cannot be imported above
-    from flexsparse import masks
-
     def span(alpha: float, beta: float, block_size: int = 1) -> int:
         if not isinstance(block_size, int) or block_size < 1:
             raise MaskError(
@@ -234,7 +233,7 @@ def _text(head: Head, place: str) -> str | None:
     )
 
 
-def shown(head: Head) -> str:
+def _shown(head: Head) -> str:
     """A head's mask in words."""
     if head is None:
         return "as the model has it"

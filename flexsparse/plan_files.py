@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from flexsparse.errors import MaskError
+from flexsparse.masks import a_shape, duo_attention, phi3_small
 from flexsparse.plan import Head, SparsePlan
 from flexsparse.plan_json import load_json, refuse
 
-SPANS = ("alphas", "betas")
 # what MInference gives a head that its file does not name
 VERTICAL_AND_SLASH = ("vertical_and_slash", 1000, 6096)
 
@@ -41,13 +41,11 @@ def from_duo_attention(
 
     Source: DuoAttention (arXiv 2410.10819), load_attn_pattern and sparsify_attention_heads.
     """
-    from flexsparse.masks import duo_attention
-
     path = Path(path)
     path = path / "full_attention_heads.tsv" if path.is_dir() else path
     rows = _numbers(path)
     beside = path.with_name("config.json")
-    config = load_json(beside) if beside.exists() else {}
+    config = _object(beside) if beside.exists() else {}
     sizes = (
         config.get("sink_size", 64) if sink_size is None else sink_size,
         config.get("recent_size", 256) if recent_size is None else recent_size,
@@ -71,10 +69,8 @@ def from_moa(path: str | PathLike[str]) -> SparsePlan:
 
     Source: MoA (arXiv 2406.14909), moa_config_to_cache_config.
     """
-    spans = load_json(path)
-    alphas, betas = (spans.get(key) if isinstance(spans, dict) else None for key in SPANS)
-    if not _is_table(alphas) or not _is_table(betas):
-        refuse(path, '"alphas" and "betas" must be a list of numbers for each layer')
+    spans = _object(path)
+    alphas, betas = (_table(path, spans, key) for key in ("alphas", "betas"))
     if [len(row) for row in alphas] != [len(row) for row in betas]:
         refuse(path, '"alphas" and "betas" must have the same layers and heads')
     return SparsePlan(
@@ -107,6 +103,9 @@ def from_minference(
     layers = load_json(path)
     if not isinstance(layers, list) or not all(isinstance(layer, dict) for layer in layers):
         refuse(path, "it must be a list with an object for each layer")
+    for i, layer in enumerate(layers):
+        for head in layer.keys() - {str(h) for h in range(n_heads)}:
+            refuse(path, f"head {head!r} of layer {i} does not exist; n_heads is {n_heads}")
     return SparsePlan(
         [
             [
@@ -124,7 +123,7 @@ def _minference_head(path: str | PathLike[str], record: Any, estimated: str | No
     # flex types give [share of the attention, most keys]
     first, latest = (size[-1] if isinstance(size, list) and size else size for size in record[1:3])
     if record[0] == "stream_llm" or estimated == "a_shape":
-        return f"a_shape({first}, {latest})"
+        return a_shape(first, latest)
     if estimated == "model":
         return None
     raise MaskError(
@@ -142,17 +141,18 @@ def from_phi3_small(path: str | PathLike[str]) -> SparsePlan:
 
     Source: Phi-3-small (arXiv 2404.14219), its configuration.
     """
-    from flexsparse.masks import phi3_small
-
     path = Path(path)
     path = path / "config.json" if path.is_dir() else path
-    config = load_json(path)
+    config = _object(path)
     names = [*inspect.signature(phi3_small).parameters][1:]
-    missing = [name for name in ("num_hidden_layers", *names) if name not in dict(config)]
+    missing = [name for name in ("num_hidden_layers", *names) if name not in config]
     if missing:
         refuse(path, f"it has no {missing[0]}, as the config of a Phi-3-small has")
+    n_layers = config["num_hidden_layers"]
+    if not isinstance(n_layers, int):
+        refuse(path, f"num_hidden_layers is {n_layers!r} and must be an int")
     arguments = {name: config[name] for name in names}
-    return SparsePlan([phi3_small(i, **arguments) for i in range(config["num_hidden_layers"])])
+    return SparsePlan([phi3_small(i, **arguments) for i in range(n_layers)])
 
 
 def _numbers(path: Path) -> list[list[float]]:
@@ -166,9 +166,12 @@ def _numbers(path: Path) -> list[list[float]]:
         if not line.strip():
             continue
         try:
-            rows.append([min(max(float(cell), 0.0), 1.0) for cell in line.split("\t")])
+            row = [float(cell) for cell in line.split("\t")]
         except ValueError:
+            row = [math.nan]
+        if any(map(math.isnan, row)):
             refuse(path, f"line {i + 1} must be numbers separated by tabs")
+        rows.append([min(max(value, 0.0), 1.0) for value in row])
         if len(rows[-1]) != len(rows[0]):
             refuse(path, f"line {i + 1} has {len(rows[-1])} numbers and line 1 {len(rows[0])}")
     if not rows:
@@ -188,11 +191,21 @@ def _streaming_share(rows: list[list[float]], sparsity: float) -> list[list[floa
     ]
 
 
-def _is_table(value: Any) -> bool:
-    return isinstance(value, list) and all(
+def _object(path: str | PathLike[str]) -> dict[str, Any]:
+    found = load_json(path)
+    if not isinstance(found, dict):
+        refuse(path, f"it is {type(found).__name__} and must be an object")
+    return found
+
+
+def _table(path: str | PathLike[str], found: dict[str, Any], key: str) -> list[list[float]]:
+    rows = found.get(key)
+    if not isinstance(rows, list) or not all(
         isinstance(row, list) and row and all(isinstance(x, int | float) for x in row)
-        for row in value
-    )
+        for row in rows
+    ):
+        refuse(path, f'"{key}" must be a list of numbers for each layer')
+    return rows
 
 
 def _decimal(value: float) -> str:

@@ -52,17 +52,17 @@ def read(path: str | PathLike[str]) -> list[list[str | None] | None]:
     if not isinstance(plan, dict) or plan.get("flexsparse_plan") != VERSION:
         found = plan.get("flexsparse_plan") if isinstance(plan, dict) else type(plan).__name__
         refuse(path, f'"flexsparse_plan" is {found!r} and must be {VERSION}')
-    named, n_layers, n_heads = (plan.get(key) for key in ("layers", "n_layers", "n_heads"))
+    named = plan.get("layers")
     if not isinstance(named, dict):
         refuse(path, f'"layers" is {type(named).__name__} and must be an object')
-    for key, n in (("n_layers", n_layers), ("n_heads", n_heads if named else 1)):
-        if not isinstance(n, int) or isinstance(n, bool) or not 1 <= n <= LARGEST:
-            refuse(path, f'"{key}" is {n!r} and must be an int of 1 to {LARGEST}')
-    layers: list[list[str | None] | None] = [None] * n_layers
+    n_layers = _count(path, plan, "n_layers")
+    n_heads = _count(path, plan, "n_heads") if named else 0
+    layers: list[list[str | None] | None] = [None for _ in range(n_layers)]
     for i, heads in _each(path, named, n_layers, "layer"):
         if not isinstance(heads, dict):
             refuse(path, f"layer {i} is {type(heads).__name__} and must be an object")
-        layers[i] = layer = [None] * n_heads
+        layer: list[str | None] = [None for _ in range(n_heads)]
+        layers[i] = layer
         for h, text in _each(path, heads, n_heads, f"layer {i}, head"):
             if not isinstance(text, str | None):
                 refuse(path, f"layer {i}, head {h} is {text!r} and must be the text of a mask")
@@ -96,6 +96,13 @@ def grouped(entries: Iterable[Entry]) -> dict[Entry, list[int]]:
 def numbers(values: Sequence[int]) -> str:
     """[0, 1, 2, 7] as '0-2, 7'."""
     return head_ranges(values).split(" ", 1)[1]
+
+
+def _count(path: str | PathLike[str], plan: dict[str, Any], key: str) -> int:
+    n = plan.get(key)
+    if not isinstance(n, int) or isinstance(n, bool) or not 1 <= n <= LARGEST:
+        refuse(path, f'"{key}" is {n!r} and must be an int of 1 to {LARGEST}')
+    return n
 
 
 def _each(

@@ -55,8 +55,12 @@ class Pyramid:
         if not spans:
             lo = hi = self.levels[0][0][tuple(first)]
             return _wide(lo), _wide(hi)
-        # cells of one size of the refinement have spans alike, so the widest serves all
-        level = min(max(int(span.max()) for span in spans).bit_length(), len(self.levels) - 1)
+        widest = functools.reduce(torch.maximum, spans)
+        # cells of one size have spans alike, but where a table of places jumps inside a cell
+        is_wide = widest > 2 * int(widest.min()) + 1
+        if is_wide.any():
+            return self._apart(first, last, is_wide)
+        level = min(int(widest.max()).bit_length(), len(self.levels) - 1)
         ranges = self._nodes(first, last, level)
         # one node of twice the span at most is close enough; two may be far too wide
         while level and any(len(nodes) > 1 for nodes in ranges):
@@ -69,6 +73,21 @@ class Pyramid:
         lo = functools.reduce(torch.minimum, [lows[node] for node in nodes])
         hi = functools.reduce(torch.maximum, [highs[node] for node in nodes])
         return _wide(lo), _wide(hi)
+
+    def _apart(
+        self, first: list[Tensor], last: list[Tensor], is_wide: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Bounds of the cells that are wide and of those that are not, each at their own level."""
+        shape = torch.broadcast_shapes(*(x.shape for x in (*first, *last)))
+        first, last = ([x.expand(shape) for x in ends] for ends in (first, last))
+        is_wide = is_wide.expand(shape)
+        results = [x.new_empty(shape) for x in map(_wide, self.levels[0])]
+        for part in (is_wide, ~is_wide):
+            bounds = self.bounds([x[part] for x in first], [x[part] for x in last])
+            for result, bound in zip(results, bounds, strict=True):
+                result[part] = bound
+        lo, hi = results
+        return lo, hi
 
     def _nodes(self, first: list[Tensor], last: list[Tensor], level: int) -> list[list[Tensor]]:
         """For each dimension the nodes of a level that together cover first to last."""

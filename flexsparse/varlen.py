@@ -66,7 +66,7 @@ def varlen(
         dropout_p: the chance to drop a weight, in [0, 1).
         dropout_seed: of the dropout, 64 bits; drawn from torch's generator by default.
         return_lse: also return the log of the sum of exponentials of each row's scores.
-        executor: insist on "flex", "blockwise" or "reference"; by default flexsparse chooses.
+        executor: insist on one of those that CompiledMask names; by default flexsparse chooses.
         block_size: tokens of a block, or (of queries, of keys).
         own_blocks: start each sequence in a block of its own, so that a mask made of blocks is
             computed in those blocks and not in more that overlap them. It costs a copy of q, k, v

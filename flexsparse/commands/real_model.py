@@ -43,6 +43,24 @@ def layers_of(model: str | None, length: int, device: torch.device) -> list[Laye
         length: in tokens.
         device: where the model runs.
     """
+    causal_lm, tokenizer = load(model, device)
+    config = causal_lm.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None) or length
+    if length > limit:
+        raise CommandError(f"this model reads at most {limit:,} tokens; give --len {limit}.")
+    return _record(causal_lm, config, _tokens(tokenizer, length).to(device))
+
+
+def load(
+    model: str | None, device: torch.device, dtype: torch.dtype | None = None
+) -> tuple[Any, Any]:
+    """A causal language model, ready to run, and its tokenizer.
+
+    Args:
+        model: a path or an id on Hugging Face; the Gemma 3 270M packages by default.
+        device: where the model runs.
+        dtype: of the weights; float32 on CPU and bfloat16 elsewhere by default.
+    """
     source: str | Path
     if model is None:
         package = _required(PACKAGE.replace("-", "_"))
@@ -66,14 +84,9 @@ def layers_of(model: str | None, length: int, device: torch.device) -> list[Laye
             progress.step("reading the tokenizer")
             tokenizer = transformers.AutoTokenizer.from_pretrained(source)
             progress.step("reading the weights")
-            causal_lm = transformers.AutoModelForCausalLM.from_pretrained(
-                source, dtype=torch.float32 if device.type == "cpu" else torch.bfloat16
-            ).to(device)
-    config = causal_lm.config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None) or length
-    if length > limit:
-        raise CommandError(f"this model reads at most {limit:,} tokens; give --len {limit}.")
-    return _record(causal_lm, config, _tokens(tokenizer, length).to(device))
+            dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+            causal_lm = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    return causal_lm.to(device).eval(), tokenizer
 
 
 def _required(module: str) -> Any:
@@ -82,8 +95,8 @@ def _required(module: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise CommandError(
-            f"the demo on a real model needs the package {error.name or module}: {INSTALL} "
-            "(or run `flexsparse demo --synthetic`, which needs no model)."
+            f"a real model needs the package {error.name or module}: {INSTALL} "
+            "(`flexsparse demo --synthetic` needs no model)."
         ) from None
 
 
@@ -163,10 +176,14 @@ def _convert(package: Any, room: Path, progress: Progress) -> None:
     model.config.save_pretrained(folder)
 
 
+def manual() -> str:
+    """Python's own manual, 465 kB of English, which every Python carries."""
+    return "\n\n".join(importlib.import_module("pydoc_data.topics").topics.values())
+
+
 def _tokens(tokenizer: Any, length: int) -> Tensor:
     """int64[1, length]: the start of Python's manual, which every Python carries."""
-    topics = importlib.import_module("pydoc_data.topics").topics
-    text = "\n\n".join(topics.values())
+    text = manual()
     # 12 characters are more than any token is long on average
     ids = tokenizer(text[: length * 12]).input_ids[:length]
     if len(ids) < length:

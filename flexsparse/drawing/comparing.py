@@ -15,7 +15,7 @@ from flexsparse.classify import Rectangles
 from flexsparse.compiler import CompiledMask
 from flexsparse.drawing.block_lists import grid_of, planes_of
 from flexsparse.drawing.colours import BOTH, EACH, LIGHT, ONLY_A, ONLY_B, chosen
-from flexsparse.drawing.grid_axes import Sides, draw_axes, draw_cells, draw_labels
+from flexsparse.drawing.frame import Frame, Sides
 from flexsparse.drawing.legend import Key, draw_key
 from flexsparse.drawing.page import MARGIN, Layout, Tile, lengths_text, page
 from flexsparse.drawing.panels import (
@@ -76,7 +76,7 @@ def compare(
     by_blocks = isinstance(a, BlockMask) or isinstance(b, BlockMask)
     pairs = _paired(sides[0], sides[1], by_blocks)
     grid = pairs[0].a.grid
-    layout = Layout.of(len(pairs), room=0)
+    layout = Layout.of(len(pairs), bars=False)
     shown = [
         (pair, _compared(pair, layout.pools, by_blocks, len(pairs))) for pair in pairs[:MOST_PANELS]
     ]
@@ -84,7 +84,7 @@ def compare(
     sentences = _notes([found for _, found in shown], left_out)
     sheet, below = page(
         lengths_text(grid, with_blocks=max(grid.q_len, grid.kv_len) > ELEMENTS_UP_TO),
-        [_tile(pair, found, layout.panel_width) for pair, found in shown],
+        [_tile(pair, found, layout.width) for pair, found in shown],
         layout,
         grid,
         foot=0.5 + 0.13 * len(sentences),
@@ -145,21 +145,28 @@ def _paired(a: Sequence[Plane], b: Sequence[Plane], by_blocks: bool) -> list[Pai
             f"{lengths_text(b[0].grid, with_blocks=True)}, q_offset {b[0].grid.q_offset}."
         )
     owners = [owner for side in (a, b) for plane in side for owner in plane.owners]
-    rows, heads = (sorted({o[i] for o in owners if o[i] is not None}) for i in (0, 1))
+    rows, heads = ({owner[i] for owner in owners} - {None} or {None} for i in (0, 1))
     found: dict[tuple[int, int], Pair] = {}
-    for row in rows or [None]:
-        for head in heads or [None]:
-            pair = [plane_of(side, row, head) for side in (a, b)]
-            for plane, name in zip(pair, "ab", strict=True):
-                if plane is None:
-                    raise MaskError(
-                        f"compare: {name} has no {who_text([(row, head)])}; give both sides as "
-                        "many heads and batch rows."
-                    )
-            key = (id(pair[0]), id(pair[1]))
-            others = found[key].owners if key in found else ()
-            found[key] = Pair(pair[0], pair[1], (*others, (row, head)))
+    for owner in itertools.product(sorted(rows, key=_first), sorted(heads, key=_first)):
+        one, two = (_plane_of(side, owner, name) for side, name in ((a, "a"), (b, "b")))
+        key = (id(one), id(two))
+        others = found[key].owners if key in found else ()
+        found[key] = Pair(one, two, (*others, owner))
     return list(found.values())
+
+
+def _first(n: int | None) -> int:
+    return n or 0
+
+
+def _plane_of(side: Sequence[Plane], owner: Owner, name: str) -> Plane:
+    plane = plane_of(side, *owner)
+    if plane is None:
+        raise MaskError(
+            f"compare: {name} has no {who_text([owner])}; give both sides as many heads and batch "
+            "rows."
+        )
+    return plane
 
 
 def _compared(pair: Pair, most_pools: int, by_blocks: bool, pairs: int) -> Compared:
@@ -228,16 +235,15 @@ def _tile(pair: Pair, found: Compared, width: float) -> Tile:
     only_a, both, only_b = (percent(part) for part in found.parts)
     text = f"{who}\nonly a {only_a}, both {both}, only b {only_b}"
 
-    def paint(axes: Any, sides: Sides) -> None:
-        grid = pair.a.grid
-        if found.pools is None:
-            grid = grid._replace(block_size=(1, 1))
-        pools = found.pools or Pools.of(grid, ELEMENTS_UP_TO)
-        draw_cells(axes, chosen(found.classes, COLOURS), grid, pools, room=0)
-        if found.pools is None:
-            draw_labels(axes, grid, None, sides)
-        else:
-            draw_axes(axes, grid, sides)
+    def paint(frame: Frame, sides: Sides) -> None:
+        image = chosen(found.classes, COLOURS)
+        if found.pools is not None:
+            frame.cells(image, found.pools)
+            frame.axes(sides)
+            return
+        frame = frame._replace(grid=frame.grid._replace(block_size=(1, 1)))
+        frame.cells(image, Pools.of(frame.grid, ELEMENTS_UP_TO))
+        frame.labels(None, sides)
 
     return Tile(name, text, paint)
 

@@ -162,9 +162,10 @@ def _form(
         a, n = operands[0], numbers[1]
         offset = a.offset // n if step.op == "//" else zero
         return Form(offset, (*a.shape, a.offset % n))
-    if step.op == "*" and None in numbers and any(n is not None for n in numbers):
-        i = 0 if numbers[1] is not None else 1
-        return Form(operands[i].offset * numbers[1 - i], operands[i].shape)
+    if step.op == "*":
+        for a, factor in ((operands[0], numbers[1]), (operands[1], numbers[0])):
+            if factor is not None:
+                return Form(a.offset * factor, a.shape)
     if isinstance(step.payload, Table) and not operands:
         return Form(zero + step.payload.tensor.long().cpu(), ())
     return _anything(operands, zero)

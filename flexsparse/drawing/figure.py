@@ -7,7 +7,7 @@ from typing import Any
 
 from flexsparse.classify import Grid
 from flexsparse.drawing.colours import LIGHT, painted
-from flexsparse.drawing.grid_axes import Sides, draw_axes, draw_bars, draw_cells, draw_labels
+from flexsparse.drawing.frame import Frame, Sides
 from flexsparse.drawing.legend import draw_head_bars, draw_key, notes, shows_heads, state_keys
 from flexsparse.drawing.page import MARGIN, Layout, Tile, lengths_text, page
 from flexsparse.drawing.panels import Panel, Panels, panels
@@ -87,7 +87,7 @@ def picture(
     with_blocks = shown.shown[0].elements is None
     sheet, below = page(
         title or lengths_text(shown.grid, with_blocks=with_blocks),
-        [_tile(panel, layout.panel_width, labels) for panel in shown.shown],
+        [_tile(panel, layout.width + layout.room, labels) for panel in shown.shown],
         layout,
         shown.grid,
         longest_label=max(map(len, labels)) if labels else 0,
@@ -110,24 +110,25 @@ def _tile(panel: Panel, width: float, labels: Sequence[str] | None) -> Tile:
         one_line = ", ".join(counts)
         lines += [one_line] if wrapped(one_line, width, 7, 1) == one_line else counts
 
-    def paint(axes: Any, sides: Sides) -> None:
-        paint_panel(axes, panel, sides, labels)
+    def paint(frame: Frame, sides: Sides) -> None:
+        paint_panel(frame, panel, sides, labels)
 
     return Tile(wrapped(panel.name, width, 8, 2), "\n".join(lines), paint)
 
 
-def paint_panel(axes: Any, panel: Panel, sides: Sides, labels: Sequence[str] | None = None) -> None:
+def paint_panel(
+    frame: Frame, panel: Panel, sides: Sides, labels: Sequence[str] | None = None
+) -> None:
     """Paint the cells, axes and bars of a panel."""
-    grid = panel.grid
     if panel.elements is not None:
-        grid = grid._replace(block_size=(1, 1))
+        grid = panel.grid._replace(block_size=(1, 1))
+        frame = frame._replace(grid=grid)
         pools = Pools.of(grid, ELEMENTS_UP_TO)
-        draw_cells(axes, painted(panel.elements.long() * 2, panel.elements), grid, pools)
-        draw_bars(axes, grid, pools.row_edges, [(panel.elements.sum(1), LIGHT.full)])
-        draw_labels(axes, grid, labels, sides)
+        frame.cells(painted(panel.elements.long() * 2, panel.elements), pools)
+        frame.bars(pools.row_edges, [(panel.elements.sum(1), LIGHT.full)])
+        frame.labels(labels, sides)
         return
-    draw_cells(axes, painted(panel.states, panel.shade), grid, panel.pools)
+    frame.cells(painted(panel.states, panel.shade), panel.pools)
     partial, full = panel.work
-    parts = [(full, LIGHT.full), (partial, LIGHT.partial)]
-    draw_bars(axes, grid, panel.pools.row_edges, parts)
-    draw_axes(axes, grid, sides)
+    frame.bars(panel.pools.row_edges, [(full, LIGHT.full), (partial, LIGHT.partial)])
+    frame.axes(sides)

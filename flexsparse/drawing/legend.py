@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flexsparse.drawing.colours import LIGHT, css, painted
 from flexsparse.drawing.panels import Panels
-from flexsparse.drawing.paper import LINE, Sheet
+from flexsparse.drawing.paper import LINE, QUIET, Sheet
 from flexsparse.drawing.words import percent
 
 
@@ -31,17 +31,23 @@ def draw_head_bars(sheet: Sheet, shown: Panels, x: float, y: float, width: float
                 parts = (int(panel.full.sum()) / every, int(panel.partial.sum()) / every)
                 heads.setdefault(h, parts)
     places = sorted(heads)
-    axes = sheet.axes(x + 0.42, y + 0.2, min(width - 0.42, 0.2 + 0.42 * len(places)), 0.55)
-    full, partial = ([heads[h][i] for h in places] for i in (0, 1))
-    axes.bar(places, full, 0.7, color=css(LIGHT.full))
-    axes.bar(places, partial, 0.7, bottom=full, color=css(LIGHT.partial))
-    highest = max(a + b for a, b in heads.values())
-    axes.set_xlim(places[0] - 0.6, places[-1] + 0.6)
-    axes.set_ylim(0, max(highest, 1e-9) * 1.05)
-    axes.axhline(0, color=LINE, linewidth=0.8)
-    axes.set_yticks([0, highest], ["0", percent(highest)])
-    step = max(1, -(-len(places) // 40))
-    axes.set_xticks(places[::step], [str(h) for h in places[::step]])
+    highest = max(sum(parts) for parts in heads.values())
+    left, top, high = x + 0.42, y + 0.24, 0.5
+    step = min((width - 0.42) / len(heads), 0.42)
+    scale = high / max(highest, 1e-9)
+    for i, h in enumerate(sorted(heads)):
+        at, base = left + (i + 0.15) * step, top + high
+        for part, colour in zip(heads[h], (LIGHT.full, LIGHT.partial), strict=True):
+            base -= part * scale
+            sheet.rectangle(at, base, 0.7 * step, part * scale, facecolor=css(colour))
+        if i % -(-len(heads) // 40) == 0:
+            middle = left + (i + 0.5) * step
+            sheet.text(middle, top + high + 0.03, str(h), size=7, color=QUIET, ha="center")
+    right = left + len(heads) * step
+    sheet.lines([((left, top + high), (right, top + high))], color=LINE, linewidth=0.8)
+    style = {"size": 7, "color": QUIET, "ha": "right", "va": "center"}
+    sheet.text(left - 0.05, top, percent(highest), **style)
+    sheet.text(left - 0.05, top + high, "0", **style)
 
 
 class Key(NamedTuple):
@@ -72,13 +78,12 @@ def state_keys(*, elements: bool) -> list[Key]:
 def draw_key(sheet: Sheet, keys: Sequence[Key], x: float, y: float) -> None:
     """The key to the colours."""
     for image, width, text in keys:
-        axes = sheet.axes(x, y, width, 0.16)
-        axes.imshow(image.numpy(), aspect="auto", extent=(0, 1, 0, 1))
-        for spine in axes.spines.values():
-            spine.set(visible=True, color=LINE, linewidth=0.8)
+        sheet.image(image, x, y, width, 0.16)
+        sheet.rectangle(x, y, width, 0.16, fill=False, edgecolor=LINE, linewidth=0.8)
         if image.shape[1] > 1:
-            axes.set_xticks([0, 1], ["0", "100 % kept"])
-        sheet.text(x + width + 0.07, y + 0.01, text, size=8)
+            for end, at in (("0", x), ("100 % kept", x + width)):
+                sheet.text(at, y + 0.18, end, size=7, color=QUIET, ha="center")
+        sheet.text(x + width + 0.07, y + 0.01, text)
         x += width + 0.07 + len(text) * 0.062 + 0.3
 
 

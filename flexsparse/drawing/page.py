@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from flexsparse.classify import Grid
-from flexsparse.drawing.grid_axes import BARS, Sides
+from flexsparse.drawing.frame import BARS, Frame, Sides
 from flexsparse.drawing.panels import MOST_PANELS
 from flexsparse.drawing.paper import DPI, QUIET, Sheet
 
@@ -22,6 +22,7 @@ LAYOUTS = (
 MOST_POOLS = 128
 MARGIN, LEFT, RIGHT, GAP, FOOTER, TITLE = 0.2, 0.66, 0.5, 0.34, 0.3, 0.5  # inches
 NAME_LINE, NOTE_LINE, TOP_AXIS = 0.135, 0.115, 0.17
+LETTER = 0.065  # of a token label
 LEAST_WIDTH = 6.6  # takes the key to the colours
 
 
@@ -30,7 +31,7 @@ class Layout(NamedTuple):
 
     in_row: how many stand in a row
     width: of the cells of each, in inches
-    room: beside them, as a part of their width
+    room: beside them, in inches
     """
 
     in_row: int
@@ -38,29 +39,24 @@ class Layout(NamedTuple):
     room: float
 
     @classmethod
-    def of(cls, count: int, room: float = BARS) -> Layout:
-        """The layout for a number of panels."""
+    def of(cls, count: int, *, bars: bool = True) -> Layout:
+        """The layout for a number of panels, with or without bars of work."""
         count = min(count, MOST_PANELS)
         _, in_row, width = next(x for x in LAYOUTS if count <= x[0])
-        return cls(min(in_row, count), width, room)
+        return cls(min(in_row, count), width, width * BARS if bars else 0)
 
     @property
     def pools(self) -> int:
         """The most cells in a row; each takes two dots or more, so that none gets lost."""
         return min(MOST_POOLS, int(self.width * DPI / 2))
 
-    @property
-    def panel_width(self) -> float:
-        """The width of a panel in inches."""
-        return self.width * (1 + self.room)
-
 
 class Tile(NamedTuple):
-    """A panel on a page: its name, lines of text below that, and what paints its axes."""
+    """A panel on a page: its name, lines of text below that, and what paints it."""
 
     name: str
     text: str
-    paint: Callable[[Any, Sides], None]
+    paint: Callable[[Frame, Sides], None]
 
 
 def page(
@@ -82,26 +78,26 @@ def page(
         longest_label: letters of the longest token label beside the cells.
         foot: inches left free below.
     """
-    wide, height = layout.panel_width, layout.width * min(max(grid.q_len / grid.kv_len, 0.25), 1.5)
-    names, texts = (max(tile[i].count("\n") + 1 for tile in tiles) for i in (0, 1))
+    width, height = layout.width, layout.width * min(max(grid.q_len / grid.kv_len, 0.25), 1.5)
+    names = max(tile.name.count("\n") + 1 for tile in tiles)
+    texts = max(tile.text.count("\n") + 1 for tile in tiles)
     header = names * NAME_LINE + texts * NOTE_LINE + TOP_AXIS
-    turned = longest_label * 0.065
-    left = LEFT + turned
-    step = header + height + FOOTER
-    below = TITLE + -(-len(tiles) // layout.in_row) * step + turned
-    width = left + layout.in_row * (wide + GAP) - GAP + RIGHT
-    sheet = Sheet(max(width, LEAST_WIDTH), below + foot)
+    left = LEFT + longest_label * LETTER
+    across = width + layout.room + GAP
+    down = header + height + FOOTER
+    below = TITLE + -(-len(tiles) // layout.in_row) * down + longest_label * LETTER
+    sheet = Sheet(max(left + layout.in_row * across - GAP + RIGHT, LEAST_WIDTH), below + foot)
     sheet.text(MARGIN, 0.16, title, size=11, weight="bold")
     for i, tile in enumerate(tiles):
         row, column = divmod(i, layout.in_row)
-        x, y = left + column * (wide + GAP), TITLE + row * step + header
+        x, y = left + column * across, TITLE + row * down + header
         is_last = column == layout.in_row - 1 or i == len(tiles) - 1
         sides = Sides(column == 0, is_last, row == 0, i + layout.in_row >= len(tiles))
-        tile.paint(sheet.axes(x, y, wide, height), sides)
+        tile.paint(Frame(sheet, x, y, width, height, layout.room, grid), sides)
         y -= TOP_AXIS
         sheet.text(x, y, tile.text, size=7, color=QUIET, va="bottom", linespacing=1.15)
         y -= (tile.text.count("\n") + 1) * NOTE_LINE + 0.03
-        sheet.text(x, y, tile.name, size=8, weight="bold", va="bottom", linespacing=1.15)
+        sheet.text(x, y, tile.name, weight="bold", va="bottom", linespacing=1.15)
     return sheet, below
 
 

@@ -1,4 +1,7 @@
-"""A sheet of matplotlib, measured in inches from its top left corner."""
+"""A sheet of matplotlib, measured in inches from its top left corner.
+
+All of it is one pair of axes: a pair for each of many panels would take longer than the rest.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from typing import Any
 
 INK, QUIET, LINE = "#20242c", "#6c7078", "#c4c4c0"
 DPI = 110
+POINT = 1 / 72
 INSTALL = "Pictures need matplotlib. Install it: pip install 'flexsparse[viz]'"
 
 
@@ -16,30 +20,44 @@ class Sheet:
     """A figure whose parts are placed in inches.
 
     figure: the matplotlib Figure
+    axes: the whole of it, in inches; y points down
     width, height: in inches
     """
 
     def __init__(self, width: float, height: float) -> None:
         self.figure = _figure_class()(figsize=(width, height), dpi=DPI, facecolor="white")
         self.width, self.height = width, height
-
-    def axes(self, x: float, y: float, width: float, height: float) -> Any:
-        """Axes without a frame or ticks, the upper left corner at (x, y)."""
-        bottom = self.height - y - height
-        axes = self.figure.add_axes(
-            (x / self.width, bottom / self.height, width / self.width, height / self.height)
-        )
-        for spine in axes.spines.values():
-            spine.set_visible(False)
-        axes.tick_params(length=0, labelsize=7, labelcolor=QUIET, pad=2)
-        axes.set_xticks([])
-        axes.set_yticks([])
-        return axes
+        self.axes = self.figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))
+        self.axes.set_axis_off()
+        self.axes.set_autoscale_on(False)
 
     def text(self, x: float, y: float, text: str, **style: Any) -> None:
-        """Text whose first line stands at (x, y)."""
-        style = {"color": INK, "size": 8, "va": "top", **style}
-        self.figure.text(x / self.width, 1 - y / self.height, text, **style)
+        """Text whose first line hangs from (x, y)."""
+        self.axes.text(x, y, text, **{"color": INK, "size": 8, "va": "top", **style})
+
+    def image(self, pixels: Any, x: float, y: float, width: float, height: float) -> Any:
+        """An image uint8[rows, columns, 3], its upper left corner at (x, y)."""
+        extent = (x, x + width, y + height, y)
+        return self.axes.imshow(
+            pixels.numpy(), extent=extent, interpolation="nearest", aspect="auto"
+        )
+
+    def polygon(self, outline: Any, **style: Any) -> Any:
+        """A polygon, from float64[corners, 2]."""
+        from matplotlib.patches import Polygon
+
+        return self.axes.add_artist(Polygon(outline, **{"linewidth": 0, **style}))
+
+    def rectangle(self, x: float, y: float, width: float, height: float, **style: Any) -> Any:
+        """A rectangle, its upper left corner at (x, y)."""
+        right, below = x + width, y + height
+        return self.polygon([(x, y), (right, y), (right, below), (x, below)], **style)
+
+    def lines(self, segments: Any, **style: Any) -> None:
+        """Straight lines, each from one point to another."""
+        from matplotlib.collections import LineCollection
+
+        self.axes.add_artist(LineCollection(segments, **style))
 
 
 def wrapped(text: str, inches: float, size: float, lines: int) -> str:
@@ -50,10 +68,10 @@ def wrapped(text: str, inches: float, size: float, lines: int) -> str:
     )
 
 
-def png(figure: Any, dpi: float | None = None) -> bytes:
+def png(figure: Any) -> bytes:
     """A figure as the bytes of a PNG."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi or figure.dpi)
+    figure.savefig(buffer, format="png", dpi=figure.dpi)
     return buffer.getvalue()
 
 

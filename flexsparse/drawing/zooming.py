@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flexsparse.classify import Grid
 from flexsparse.drawing.colours import painted
-from flexsparse.drawing.grid_axes import BARS, Sides, draw_axes, draw_cells, draw_ends, rectangle
+from flexsparse.drawing.frame import Frame, Sides
 from flexsparse.drawing.legend import draw_key, state_keys
 from flexsparse.drawing.page import TITLE
 from flexsparse.drawing.panels import ELEMENTS_EVALUATED, counted, panel
@@ -21,7 +21,7 @@ from flexsparse.drawing.words import percent
 from flexsparse.errors import MaskError
 from flexsparse.expr import Mask
 
-MAP, SIDE = 2.0, 4.4  # inches
+LEFT, MAP, GAP, SIDE = 0.66, 2.0, 0.9, 4.4  # inches
 MARK = "#c0143c"
 
 
@@ -83,40 +83,31 @@ def _picture(plane: Plane, row: int, column: int, kept: Tensor, who: str) -> Any
     grid = plane.grid
     state = plane.state(row, column)
     part = f", {percent(float(kept.double().mean()))} kept" if state == "partial" else ""
-    sheet = Sheet(0.66 + MAP + 1.3 + SIDE + 0.4, TITLE + SIDE + 0.75)
-    sheet.text(
-        0.2, 0.16, f"{who}, q block {row}, kv block {column}: {state}{part}", size=11, weight="bold"
-    )
-    axes = sheet.axes(0.66, TITLE + 0.45, MAP * (1 + BARS), MAP)
-    whole = panel(counted(plane, ELEMENTS_EVALUATED), int(MAP * DPI / 2))
-    draw_cells(axes, painted(whole.states, whole.shade), grid, whole.pools)
-    draw_axes(axes, grid, Sides(right=False))
-    q_block, kv_block = grid.block_size
-    queries, keys = kept.shape
-    top, left = row * q_block, column * kv_block
-    axes.plot(
-        left + keys / 2,
-        top + queries / 2,
-        marker="s",
-        markersize=9,
-        markerfacecolor="none",
-        markeredgecolor=MARK,
-        markeredgewidth=1.6,
-        clip_on=False,
-        zorder=5,
-    )
-    name = wrapped(plane.name, MAP, 8, 2)
-    sheet.text(0.66, TITLE + 0.27, name, size=8, weight="bold", va="bottom", linespacing=1.15)
+    sheet = Sheet(LEFT + MAP + GAP + SIDE + 0.4, TITLE + SIDE + 0.75)
+    title = f"{who}, q block {row}, kv block {column}: {state}{part}"
+    sheet.text(0.2, 0.16, title, size=11, weight="bold")
 
-    axes = sheet.axes(0.66 + MAP + 1.3, TITLE + 0.1, SIDE * (1 + BARS), SIDE)
+    sheet.text(LEFT, TITLE + 0.32, wrapped(plane.name, MAP, 8, 2), weight="bold", va="bottom")
+    whole = panel(counted(plane, ELEMENTS_EVALUATED), int(MAP * DPI / 2))
+    shape = min(max(grid.q_len / grid.kv_len, 0.25), 1.5)
+    small = Frame(sheet, LEFT, TITLE + 0.5, MAP, MAP * shape, 0, grid)
+    small.cells(painted(whole.states, whole.shade), whole.pools)
+    small.axes(Sides(right=False))
+    queries, keys = kept.shape
+    top, left = row * grid.block_size[0], column * grid.block_size[1]
+    across, down = small.across(left + keys / 2), small.down(top + queries / 2)
+    style = {"fill": False, "edgecolor": MARK, "linewidth": 1.6, "zorder": 5}
+    sheet.rectangle(across - 0.06, down - 0.06, 0.12, 0.12, **style)
+
     inside = Grid(queries, keys, 0, (1, 1), 1, (0,))
     pools = Pools.of(inside, int(SIDE * DPI / 2))
     places = kept.nonzero()
     counts = pools.sum_of(places[:, 0], places[:, 1], torch.ones(len(places), dtype=torch.int64))
     states = (counts > 0).long() + (counts == pools.blocks).long()
-    draw_cells(axes, painted(states, counts / pools.blocks), inside, pools)
+    large = Frame(sheet, LEFT + MAP + GAP, TITLE + 0.1, SIDE, SIDE, 0, inside)
+    large.cells(painted(states, counts / pools.blocks), pools)
     first = top + grid.q_offset
-    draw_ends(axes, inside, (first, first + queries - 1), (left, left + keys - 1))
-    axes.add_patch(rectangle(keys, queries, MARK, zorder=5))
-    draw_key(sheet, state_keys(elements=True), 0.66, TITLE + SIDE + 0.2)
+    large.ends((first, first + queries - 1), (left, left + keys - 1))
+    large.outline(MARK, zorder=5)
+    draw_key(sheet, state_keys(elements=True), LEFT, TITLE + SIDE + 0.25)
     return sheet.figure

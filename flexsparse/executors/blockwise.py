@@ -292,7 +292,8 @@ class _Blockwise(torch.autograd.Function):
 def _blocks(x: Tensor, block: int, past_end: float = 0.0) -> Tensor:
     """[B, heads, length, D] -> contiguous [B * heads * blocks, block, D]."""
     x = functional.pad(x, (0, 0, 0, -x.shape[2] % block), value=past_end)
-    return x.reshape(-1, block, x.shape[3])
+    # also where reshape would give a view: gradients are added up in what is made like this
+    return x.reshape(-1, block, x.shape[3]).contiguous()
 
 
 def _unblocks(blocks: Tensor, like: Tensor) -> Tensor:

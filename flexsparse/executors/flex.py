@@ -85,12 +85,18 @@ def run(
             q, k, v, block_mask, dropout, scale=scale, score_mod=score_mod, return_lse=return_lse
         )
     hints = kernel_options or {}
+    if q.device.type == "cpu":
+        # there are no gradients here, and torch refuses inputs that ask for them, no_grad or not
+        q, k, v = q.detach(), k.detach(), v.detach()
     if torch.compiler.is_compiling():
         # A compiler above us is at work: hand it the plain operator. Inductor's CPU kernel ignores
-        # the storage offset of a view made inside the graph (torch 2.13), so it gets no views.
-        if q.device.type == "cpu":
-            q, k, v = q.clone(), k.clone(), v.clone()
-        return _attend(q, k, v, block_mask, score_mod, scale, return_lse, hints)  # type: ignore[no-any-return]
+        # the storage offset of a view made inside the graph, and fails where it would fuse with
+        # what comes after it (torch 2.13): so it gets no views, and a copy seals its output.
+        if q.device.type != "cpu":
+            return _attend(q, k, v, block_mask, score_mod, scale, return_lse, hints)  # type: ignore[no-any-return]
+        q, k, v = (x.clone(memory_format=torch.contiguous_format) for x in (q, k, v))
+        out, lse = _attend(q, k, v, block_mask, score_mod, scale, return_lse, hints)
+        return _sealed(out), lse
     arguments = (q, k, v, block_mask, score_mod, scale, return_lse, hints)
     _fix_table_lengths(block_mask.mask_mod, score_mod)
     key = _kernel_key(q, k, v, block_mask, score_mod, return_lse, hints)
@@ -153,6 +159,17 @@ def _run_dropped(
     part = (kept_lse.masked_fill(is_empty, 0) - lse.masked_fill(is_empty, 0)).exp()
     out = (out * (part / (1 - dropout.p)).unsqueeze(-1)).to(q.dtype)
     return out, lse if return_lse else None
+
+
+@torch.library.custom_op("flexsparse::sealed", mutates_args=())
+def _sealed(x: Tensor) -> Tensor:
+    """A copy that no compiler looks into."""
+    return x.clone()
+
+
+@_sealed.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
 
 
 _kernels: dict[Any, Callable[..., Any]] = {}

@@ -1,0 +1,124 @@
+"""Draw docs/pictures/*.png, the pictures of the README.
+
+python docs/make_pictures.py          # needs matplotlib: pip install -e '.[viz]'
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import torch
+
+from flexsparse import Mask, PerHead, per_head
+from flexsparse.drawing import draw
+from flexsparse.drawing.figure import paint_panel
+from flexsparse.drawing.frame import Frame, Sides
+from flexsparse.drawing.legend import draw_key, state_keys
+from flexsparse.drawing.page import MARGIN, Layout, Tile, page
+from flexsparse.drawing.panels import Panel, panels
+from flexsparse.drawing.paper import small_png
+from flexsparse.drawing.planes import Lengths, planes
+from flexsparse.drawing.words import percent
+from flexsparse.masks import (
+    a_shape,
+    bigbird,
+    causal,
+    dilated,
+    local_stride,
+    longformer,
+    neighborhood,
+    packed,
+    same_document,
+    sink,
+    sliding_tile,
+    sparse_transformer_fixed,
+    sparse_transformer_strided,
+    tri_shape,
+    vertical_slash,
+    window,
+)
+
+PICTURES = Path(__file__).with_name("pictures")
+TOKENS, BLOCK = 1024, 16
+DOCUMENTS = torch.tensor([0, 700, 3200, 3900, 8000, 11500, 12100, 16384])
+
+
+def mixed_heads() -> PerHead:
+    """A mask for each of 32 heads, of four kinds, at 16,384 tokens."""
+    ids = torch.repeat_interleave(torch.arange(len(DOCUMENTS) - 1), DOCUMENTS.diff())
+    inside = causal & same_document(ids)
+    far = causal & (window(1024) | dilated(16384, 512))
+    return per_head(
+        [causal] * 8
+        + [(causal & (sink(64) | window(1024))).named("causal & (sink(64) | window(1024))")] * 16
+        + [inside.named("causal & same_document(ids)")] * 4
+        + [far.named("causal & (window(1024) | dilated(16384, 512))")] * 4
+    )
+
+
+def patterns() -> dict[str, tuple[str, Mask]]:
+    """A dozen published patterns at 1,024 tokens, by the name of the system."""
+    generator = torch.Generator().manual_seed(7)
+    columns = torch.randperm(TOKENS, generator=generator)[:10]
+    slashes = torch.cat([torch.arange(24), torch.randperm(900, generator=generator)[:6] + 40])
+    random_blocks = torch.randint(0, 16, (16, 2), generator=generator)
+    ends = torch.tensor([0, 180, 420, 520, 860, 1024])
+    return {
+        "StreamingLLM": ("causal & (sink(32) | window(128))", causal & (sink(32) | window(128))),
+        "Longformer": ("longformer(128, 24)", longformer(128, 24)),
+        "BigBird": ("bigbird(16, 64, 3, random)", bigbird(16, 64, 3, random_blocks)),
+        "Sparse Transformer, strided": (
+            "sparse_transformer_strided(64)",
+            sparse_transformer_strided(64),
+        ),
+        "Sparse Transformer, fixed": (
+            "sparse_transformer_fixed(128, 16)",
+            sparse_transformer_fixed(128, 16),
+        ),
+        "S2-Attention, one head": ("local_stride(4, 8, 16)", local_stride(4, 8, 16)),
+        "MInference: A-shape": ("a_shape(64, 192)", a_shape(64, 192)),
+        "MInference: vertical-slash": ("vertical_slash(v, s)", vertical_slash(columns, slashes)),
+        "Tri-shape": ("tri_shape(1024, 64, 160, 128)", tri_shape(TOKENS, 64, 160, 128)),
+        "Packed documents": ("packed(cu_seqlens)", packed(ends)),
+        "NATTEN, 32 x 32 image": ("neighborhood((32, 32), 9)", neighborhood((32, 32), 9)),
+        "Sliding Tile, 4 x 16 x 16 video": (
+            "sliding_tile(...)",
+            sliding_tile((4, 16, 16), (2, 8, 8), (2, 4, 4)),
+        ),
+    }
+
+
+def gallery() -> bytes:
+    """The page of published patterns."""
+    layout = Layout.of(12)
+    tiles = []
+    for name, (text, mask) in patterns().items():
+        (panel,) = panels(
+            planes("draw", mask, Lengths(TOKENS, block_size=BLOCK)), layout.pools
+        ).shown
+        blocks, elements = percent(panel.block_density), percent(panel.element_density)
+        counts = f"{blocks} of blocks, {elements} of elements"
+        tiles.append(Tile(name, f"{text}\n{counts}", functools.partial(_paint, panel)))
+    title = f"A dozen published patterns, {TOKENS:,} tokens in blocks of {BLOCK} × {BLOCK}"
+    sheet, below = page(title, tiles, layout, panel.grid, foot=0.55)
+    draw_key(sheet, state_keys(elements=False), MARGIN, below + 0.1)
+    return small_png(sheet.figure)
+
+
+def _paint(panel: Panel, frame: Frame, sides: Sides) -> None:
+    paint_panel(frame, panel, sides)
+
+
+def main() -> None:
+    """Draw them."""
+    PICTURES.mkdir(exist_ok=True)
+    title = "32 heads, each with its own mask, at 16,384 tokens"
+    mixed = small_png(draw(mixed_heads(), 16384, title=title))
+    for name, image in {"per_head.png": mixed, "patterns.png": gallery()}.items():
+        (PICTURES / name).write_bytes(image)
+        print(f"{PICTURES / name}: {len(image):,} bytes")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Other libraries' interfaces on flexsparse: change the import and keep the script."""

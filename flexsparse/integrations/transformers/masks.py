@@ -1,0 +1,127 @@
+"""Masks on their way from a Hugging Face model to its attention layers, in one forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from flexsparse.compiler import CompiledMask
+from flexsparse.heads import PerHead
+from flexsparse.integrations.transformers import rules
+
+MaskMod = Callable[..., Tensor]
+
+
+class ModelMask(BlockMask):
+    """What a model hides: a BlockMask in name only, as transformers passes those on untouched.
+
+    batch, q_len, kv_len: the shape of the scores, heads aside
+    n_positions: keys up to the last one, those that a cache has dropped included
+    """
+
+    def __init__(self, batch: int, q_len: int, kv_len: int, n_positions: int) -> None:
+        self.batch, self.q_len, self.kv_len, self.n_positions = batch, q_len, kv_len, n_positions
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[batch, 1, q_len, kv_len], as of the dense mask it stands for."""
+        return self.batch, 1, self.q_len, self.kv_len
+
+    def contiguous(self) -> ModelMask:
+        """Itself; generate() asks for it."""
+        return self
+
+    def to(self, *args: Any, **kwargs: Any) -> ModelMask:
+        """Itself; accelerate asks for it."""
+        return self
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}{self.shape}"
+
+
+class BlocksMask(ModelMask):
+    """What a model hides from many queries, to be compiled with the masks of a layer."""
+
+    def __init__(
+        self,
+        mask_mod: MaskMod,
+        padding: Tensor | None,
+        shape: tuple[int, int, int],
+        q_offset: int | Tensor,
+        kv_offset: int,
+        device: torch.device,
+    ) -> None:
+        """Keep what the model says.
+
+        Args:
+            mask_mod: of positions.
+            padding: boolean [batch, positions], False for padding.
+            shape: (batch, q_len, kv_len).
+            q_offset: position of query row 0.
+            kv_offset: position of key 0.
+            device: of the queries.
+        """
+        super().__init__(*shape, kv_offset + shape[2])
+        self.q_offset = int(q_offset)
+        self.rules = rules.of(mask_mod, padding, shape[1:], self.q_offset, kv_offset, device)
+
+    def compiled(self, masks: PerHead, device: torch.device) -> CompiledMask:
+        """The masks of a layer's heads and the model's own; the same ones are compiled once."""
+        return rules.compiled(
+            self.rules, masks, self.q_len, self.kv_len, self.q_offset, self.batch, device
+        )
+
+
+class RowMask(ModelMask):
+    """What a model hides from one query: a step of decoding, which needs no blocks.
+
+    Made of tensors alone, so that a compiled step runs on without compiling again.
+
+    kept: bool [batch, 1, 1, kv_len]
+    q_place, kv_place: positions from the start of the sequence; they broadcast with it
+    """
+
+    def __init__(
+        self,
+        mask_mod: MaskMod,
+        padding: Tensor | None,
+        shape: tuple[int, int, int],
+        q_offset: int | Tensor,
+        kv_offset: int,
+        device: torch.device,
+    ) -> None:
+        """Read the row; the arguments are those of `BlocksMask`."""
+        super().__init__(*shape, kv_offset + shape[2])
+        # a sum is a tensor of its own: a static cache counts on in the one that it gives
+        q = (torch.as_tensor(q_offset, device=device) + 0).view(1, 1, 1, 1)
+        kv = torch.arange(kv_offset, self.n_positions, device=device).view(1, 1, 1, -1)
+        batch = torch.arange(self.batch, device=device).view(-1, 1, 1, 1)
+        kept = mask_mod(batch, torch.zeros_like(q), q, kv).expand(self.batch, 1, 1, -1)
+        if padding is not None:
+            kept = kept & padding[:, None, None, kv_offset:]
+            first = padding.int().argmax(1).view(-1, 1, 1, 1)
+            q, kv = (q - first).clamp(min=0), (kv - first).clamp(min=0)
+        self.kept, self.q_place, self.kv_place = kept, q, kv
+        self._of_layers: dict[PerHead, Tensor] = {}
+
+    def and_also(self, masks: PerHead) -> Tensor:
+        """What the masks of a layer's heads keep of it, bool [batch, n_heads, 1, kv_len]."""
+        if torch.compiler.is_compiling():
+            return self._and_also(masks)
+        if masks not in self._of_layers:
+            self._of_layers[masks] = self._and_also(masks)
+        return self._of_layers[masks]
+
+    def _and_also(self, masks: PerHead) -> Tensor:
+        device = self.kept.device
+        batch = torch.arange(self.batch, device=device).view(-1, 1, 1, 1)
+        heads = torch.arange(masks.n_heads, device=device).view(1, -1, 1, 1)
+        which = torch.tensor(masks.which, device=device).view(1, -1, 1, 1)
+        kept = self.kept
+        for place, mask in enumerate(masks.distinct):
+            kept = kept & ((which != place) | mask(batch, heads, self.q_place, self.kv_place))
+        return kept.expand(-1, masks.n_heads, -1, -1)

@@ -1,0 +1,43 @@
+"""Patterns that a search chooses from, and what each computes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexsparse.errors import MaskError
+from flexsparse.expr import Mask
+from flexsparse.fidelity.density import BLOCK, blocks, own_mask
+from flexsparse.masks import block_streaming, causal
+
+WINDOWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # in blocks
+
+
+def candidates_for(length: int) -> list[Mask]:
+    """Everything, and the first block with 1, 2, 3 ... of the latest, as far as a length has room.
+
+    They are whole blocks: where a block is computed anyway, masking a part of it saves nothing.
+    """
+    n = -(-length // BLOCK)
+    return [causal, *(block_streaming(1, window) for window in WINDOWS if window + 1 < n)]
+
+
+def costs_of(candidates: Sequence[Mask], config: Any, layers: Sequence[int], length: int) -> Tensor:
+    """int64[layers, candidates]: blocks that a head computes, within what its layer sees anyway.
+
+    Raises:
+        MaskError: a candidate hides everything from the heads of a layer.
+    """
+    found = torch.zeros(len(layers), len(candidates), dtype=torch.int64)
+    for row, layer in enumerate(layers):
+        own = own_mask(config, layer)
+        for column, mask in enumerate(candidates):
+            found[row, column] = blocks(own & mask, length)
+            if not found[row, column]:
+                raise MaskError(
+                    f"The candidate {mask.name} keeps no block at all in layer {layer}."
+                )
+    return found

@@ -1,0 +1,205 @@
+"""search: the plan that changes a model least among those within a budget of blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexsparse.errors import MaskError
+from flexsparse.expr import Mask
+from flexsparse.fidelity.density import BLOCK, full_layers
+from flexsparse.fidelity.perplexity import check_length
+from flexsparse.plan import SparsePlan
+from flexsparse.progress import Progress
+from flexsparse.search.candidates import candidates_for, costs_of
+from flexsparse.search.criteria import Measured, Slot, of_heads, plan_of
+from flexsparse.search.knapsack import Assignment, assign, fewest_changes
+
+CRITERIA = ("mass", "output", "ablation", "divergence")
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search found.
+
+    plan: for the model
+    assignment: the candidate of each slot, with its cost in blocks, its loss by the criterion as
+        predicted from single heads, and the bound of that
+    budget: in blocks
+    of_all: all blocks of the slots, those above the diagonal included
+    history: (blocks, divergence) of the plan of each round; empty if the model was not run again
+    """
+
+    plan: SparsePlan
+    assignment: Assignment
+    budget: int
+    of_all: int
+    history: tuple[tuple[int, float], ...] = ()
+
+    @property
+    def density(self) -> float:
+        """Blocks computed as a part of all."""
+        return self.assignment.cost / self.of_all
+
+    def __str__(self) -> str:
+        cost, loss, bound = self.assignment[1:]
+        lines = [
+            str(self.plan),
+            f"{cost:,} of {self.of_all:,} blocks ({self.density:.2%}), within {self.budget:,}.",
+            f"Loss of the heads, added up: {loss:.4g}; no assignment within the budget has less "
+            f"than {bound:.4g}.",
+        ]
+        if self.history:
+            lines.append("Divergence from the dense model, measured, round by round:")
+            lines += [f"  {value:.5f} at {n:,} blocks" for n, value in self.history]
+        return "\n".join(lines)
+
+
+def search(
+    model: Any,
+    ids: Tensor,
+    density: float,
+    *,
+    criterion: str = "divergence",
+    candidates: Sequence[Mask] | None = None,
+    layers: Sequence[int] | None = None,
+    every: int = 4,
+    rounds: int = 3,
+) -> Found:
+    """Choose a mask for each head so that a model changes least, within a budget of blocks.
+
+    Each criterion says what a candidate costs a head; which head gets which is then a knapsack,
+    solved exactly. "mass" and "output" look at each head alone, in the dense model: attention mass
+    lost (MInference), error of its output. "ablation" runs the dense model with one head changed
+    (DuoAttention's question: which heads need everything?). "divergence" does so around the plan
+    itself and solves again, a few rounds, starting from one pattern for all heads.
+
+    >>> found = search(model, sequences(tokenizer, text, 2048, 4), density=0.25)
+    >>> found.plan.save("plan.json")
+
+    Args:
+        model: a causal language model of transformers.
+        ids: int64[sequences, length]: a text that stands for what the model will read.
+        density: blocks computed as a part of all, in the layers searched, at most.
+        criterion: one of the four.
+        candidates: masks to choose from; by default `candidates_for(length)`.
+        layers: by number; by default those without a window of their own.
+        every: "ablation" and "divergence" compare predictions at every `every`-th token.
+        rounds: of "divergence", at most; it stops when no change helps.
+
+    Raises:
+        MaskError: an argument that is not possible; the text says what is.
+    """
+    config = model.config.get_text_config()
+    length = ids.shape[1]
+    check_length(model, length)
+    layers = full_layers(config) if layers is None else sorted(set(layers))
+    candidates = candidates_for(length) if candidates is None else list(candidates)
+    reason = _unusable(config, density, criterion, layers, candidates)
+    if reason is not None:
+        raise MaskError(reason)
+    n_heads = config.num_attention_heads
+    slots = [Slot(layer, head) for layer in layers for head in range(n_heads)]
+    costs = costs_of(candidates, config, layers, length).repeat_interleave(n_heads, 0)
+    of_all = len(slots) * (-(-length // BLOCK)) ** 2
+    budget = int(density * of_all)
+    cheapest = assign(costs.double(), costs, budget)  # raises where nothing fits
+    del cheapest
+
+    if criterion in ("mass", "output"):
+        with Progress("Looking at heads", len(ids)) as progress:
+            losses = of_heads(model, ids, layers, candidates, criterion, progress.tick)
+        found = assign(losses, costs, budget)
+        return Found(
+            plan_of(config, slots, [candidates[i] for i in found.choice]), found, budget, of_all
+        )
+    measured = Measured(model, ids, slots, every)
+    work = len(slots) * len(candidates)
+    if criterion == "ablation":
+        with Progress("Changing single heads", work) as progress:
+            everything = [candidates[int(i)] for i in costs.argmax(1)]
+            losses = measured.moves(everything, candidates, progress.tick)
+        found = assign(losses, costs, budget)
+        return Found(
+            plan_of(config, slots, [candidates[i] for i in found.choice]), found, budget, of_all
+        )
+    return _refined(measured, candidates, costs, budget, of_all, rounds)
+
+
+def _refined(
+    measured: Measured,
+    candidates: Sequence[Mask],
+    costs: Tensor,
+    budget: int,
+    of_all: int,
+    rounds: int,
+) -> Found:
+    """Measure every single change of a plan, solve for the best of them together, and repeat."""
+    slots = len(costs)
+    current = _uniform(costs, budget)
+    masks = [candidates[i] for i in current]
+    divergence = measured.of(masks)
+    history = [(int(costs[torch.arange(slots), current].sum()), divergence)]
+    found = Assignment(tuple(current.tolist()), history[0][0], 0.0, 0.0)
+    with Progress("Searching", rounds * slots * len(candidates)) as progress:
+        for _ in range(rounds):
+            table = measured.moves(masks, candidates, progress.tick)
+            options = fewest_changes(table, costs, budget, current, slots)
+            # changes do not quite add up; where many together do not help, fewer are tried
+            better = None
+            while options and better is None:
+                option = options[-1]
+                value = measured.of([candidates[i] for i in option.choice])
+                if value < divergence:
+                    better = option
+                    divergence = value
+                options = options[: len(options) // 2]
+            if better is None:
+                break
+            found, current = better, torch.tensor(better.choice)
+            masks = [candidates[i] for i in better.choice]
+            history.append((better.cost, divergence))
+    return Found(
+        plan_of(measured.config, measured.slots, masks), found, budget, of_all, tuple(history)
+    )
+
+
+def _uniform(costs: Tensor, budget: int) -> Tensor:
+    """int64[slots]: the candidate of the most blocks that all slots can have within a budget."""
+    totals = costs.sum(0)
+    within = torch.where(totals <= budget, totals, -1)
+    if int(within.max()) < 0:
+        return costs.argmin(1)
+    return within.argmax().expand(len(costs)).clone()
+
+
+def _unusable(
+    config: Any,
+    density: float,
+    criterion: str,
+    layers: Sequence[int],
+    candidates: Sequence[Mask],
+) -> str | None:
+    """Why a search with these arguments cannot be, as a sentence, or None if it can."""
+    if not 0 < density <= 1:
+        return f"density={density}; it is a part of all blocks, more than 0 and at most 1."
+    if criterion not in CRITERIA:
+        return f"criterion={criterion!r}; it must be one of {', '.join(CRITERIA)}."
+    if not candidates:
+        return "There are no candidates to choose from; give masks, such as causal and window(256)."
+    if not layers:
+        return (
+            "Every layer of the model has a window of its own, so there is nothing to search; "
+            "give layers=[...] to search some all the same."
+        )
+    for layer in layers:
+        if not 0 <= layer < config.num_hidden_layers:
+            return (
+                f"Layer {layer} does not exist; the model has layers 0 to "
+                f"{config.num_hidden_layers - 1}."
+            )
+    return None
