@@ -1,12 +1,11 @@
 """The streaming kernels against flex (at its best block size) and dense SDPA, on one CUDA GPU.
 
     python benchmarks/bench_streaming.py --save results/streaming_h200.json --plot results/
-    python benchmarks/bench_streaming.py --tune        # tries tile sizes and prints what it found
-    python benchmarks/bench_streaming.py --dry-run     # no GPU: every case's numbers, nothing run
+    TRITON_INTERPRET=1 python benchmarks/bench_streaming.py --dry-run    # no GPU: means nothing
 
 Per length and (sink, window): forward, and forward + backward, of ours; of flex_attention with the
-same mask; of dense causal SDPA; and of half the heads dense and half streaming, as
-Block-Sparse-Attention measures it. Times are medians of single runs, in milliseconds.
+same mask; of dense causal SDPA; and of a compiled mask whose heads are half dense, half streaming,
+as Block-Sparse-Attention measures it. Times are medians of single runs, in milliseconds.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import datetime
 import json
 import pathlib
 import statistics
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -25,24 +25,28 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
+import flexsparse as fs
+from flexsparse.executors.streaming import streaming_attention
+from flexsparse.masks import causal, sink, window
+
 LENGTHS = tuple(1024 * n for n in (2, 4, 8, 16, 32, 64, 128))
-FLEX_BLOCKS = (128, 64)  # flex is given the better of these
-CANDIDATES = [  # tiles to try, (rows, kv, warps, stages), for fwd, dq and dkdv alike
-    (rows, kv, warps, stages)
-    for rows in (32, 64, 128)
-    for kv in (32, 64, 128)
-    for warps in (4, 8)
-    for stages in (2, 3)
-]
+PASSES = ("fwd", "fwd_bwd")
+# flex is given the better of these; the tiles of its forward kernel must divide the block
+FLEX_BLOCKS: dict[int, dict[str, Any]] = {128: {}, 64: {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64}}
+HYBRID_PATTERN = PATTERNS[0]
 
 
-def median_ms(run: Callable[[], Any], budget_ms: float = 150.0) -> float:
+def median_ms(run: Callable[[], Any], device: str, budget_ms: float = 150.0) -> float:
     """Median of single runs between CUDA events, after two runs to compile and warm up."""
+    if device == "cpu":
+        started = time.perf_counter()
+        run()
+        return (time.perf_counter() - started) * 1e3
     for _ in range(2):
         run()
     torch.cuda.synchronize()
     found: list[float] = []
-    while len(found) < 5 or (sum(found) < budget_ms and len(found) < 50):
+    while len(found) < 3 or (sum(found) < budget_ms and len(found) < 50):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         run()
@@ -52,31 +56,35 @@ def median_ms(run: Callable[[], Any], budget_ms: float = 150.0) -> float:
     return statistics.median(found)
 
 
-def passes(attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor) -> dict[str, float]:
-    """Milliseconds of the forward pass, and of it with the backward pass."""
-    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    dout = torch.randn_like(attend(q, k, v))
+def measure_pass(
+    name: str, attend: Callable[..., Tensor], tensors: list[Tensor], dout: Tensor
+) -> float:
+    """Milliseconds of the forward pass, or of it with the backward pass."""
+    if name == "fwd":
+        with torch.no_grad():
+            return median_ms(lambda: attend(*tensors), dout.device.type)
+    leaves = [x.detach().requires_grad_() for x in tensors]
 
     def both() -> None:
         torch.autograd.grad(attend(*leaves), leaves, dout)
 
-    with torch.no_grad():
-        forward = median_ms(lambda: attend(q, k, v))
-    return {"fwd": forward, "fwd_bwd": median_ms(both)}
+    return median_ms(both, dout.device.type)
 
 
-def streaming_block_mask(sink: int, window: int, length: int, block: int, device: str) -> BlockMask:
+def streaming_block_mask(
+    n_sink: int, n_window: int, length: int, block: int, device: str
+) -> BlockMask:
     """The mask's BlockMask, from its block classes: no [length, length] tensor is made."""
     first = torch.arange(0, length, block)
     q_lo, kv_lo = first[:, None], first[None, :]
     q_hi, kv_hi = q_lo + block - 1, kv_lo + block - 1
-    some = (kv_lo <= q_hi) & ((kv_lo < sink) | (q_lo - kv_hi < window))
-    full = (kv_hi <= q_lo) & ((kv_hi < sink) | (q_hi - kv_lo < window))
+    some = (kv_lo <= q_hi) & ((kv_lo < n_sink) | (q_lo - kv_hi < n_window))
+    whole = (kv_hi <= q_lo) & ((kv_hi < n_sink) | (q_hi - kv_lo < n_window))
     lists: list[Tensor] = []
-    for chosen in (some & ~full, full):
+    for chosen in (some & ~whole, whole):
         order = torch.argsort(chosen.int(), dim=1, descending=True, stable=True).int()
         lists += [chosen.sum(1).int()[None, None].to(device), order[None, None].to(device)]
-    s, w = (torch.tensor(x, device=device) for x in (sink, window))
+    s, w = (torch.tensor(x, device=device) for x in (n_sink, n_window))
 
     def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return (kv_idx <= q_idx) & ((kv_idx < s) | (q_idx - kv_idx < w))
@@ -84,36 +92,94 @@ def streaming_block_mask(sink: int, window: int, length: int, block: int, device
     return BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=block, mask_mod=mask_mod)
 
 
-def main() -> None:
-    """Measure, print, and save where asked."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS))
-    parser.add_argument("--heads", type=int, default=32)
-    parser.add_argument("--kv-heads", type=int, default=32)
-    parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--tune", action="store_true", help="try tile sizes at the first length")
-    parser.add_argument("--dry-run", action="store_true", help="run nothing: print each case")
-    parser.add_argument("--save", type=pathlib.Path)
-    parser.add_argument("--plot", type=pathlib.Path, help="a folder for the plots")
-    args = parser.parse_args()
-    if args.dry_run:
-        for case in cases(args):
-            print(case)
-        return
-    print(torch.cuda.get_device_name(), "torch", torch.__version__, flush=True)
-    if args.tune:
-        tune(args)
-        return
-    rows = []
-    for case in cases(args):
-        rows.append(case | measure(case, args))
-        print(json.dumps(rows[-1]), flush=True)
-        record = about() | {"rows": rows}
-        if args.save:  # after every case: an interrupted run keeps what it has
-            args.save.parent.mkdir(parents=True, exist_ok=True)
-            args.save.write_text(json.dumps(record, indent=1) + "\n")
-    if args.plot:
-        plot(rows, args.plot)
+class Bench:
+    """Measures cases of one shape of model."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.device = "cpu" if args.dry_run else "cuda"
+        self.dtype = torch.float16 if args.dry_run else torch.bfloat16
+        self.flex = flex_attention
+        if not args.dry_run:
+            # a fixed shape for every length, as a user who measures would have it
+            torch._dynamo.config.recompile_limit = 1000
+            self.flex = torch.compile(flex_attention, dynamic=False)
+        self.cannot: dict[tuple[int, str], str] = {}  # (block, pass) -> why flex has no kernel
+
+    def tensors(self, length: int) -> list[Tensor]:
+        """q, k, v and the gradient of the output."""
+        torch.manual_seed(0)
+        args = self.args
+        heads = (args.heads, args.kv_heads, args.kv_heads, args.heads)
+        shapes = [(1, n, length, args.head_dim) for n in heads]
+        return [torch.randn(s, device=self.device, dtype=self.dtype) for s in shapes]
+
+    def ours(self, s: int, w: int) -> Callable[..., Tensor]:
+        """Every head with s sinks and a window of w."""
+        numbers = [[n] * self.args.heads for n in (s, w)]
+        sinks, windows = torch.tensor(numbers, dtype=torch.int32, device=self.device)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            out = streaming_attention(q, k, v, sinks, windows, max_sink=s)
+            assert isinstance(out, Tensor)
+            return out
+
+        return attend
+
+    def dense(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Every head causal."""
+        return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    def hybrid(self, s: int, w: int, length: int) -> fs.CompiledMask:
+        """Half of the heads causal, the others with s sinks and a window of w."""
+        half = self.args.heads // 2
+        heads = [causal] * half + [causal & (sink(s) | window(w))] * half
+        return fs.compile_mask(fs.per_head(heads), length, length, device=self.device)
+
+    def with_flex(self, s: int, w: int, length: int, block: int) -> Callable[..., Tensor]:
+        """The same mask as `ours` in FlexAttention."""
+        mask = streaming_block_mask(s, w, length, block, self.device)
+        options = FLEX_BLOCKS[block] or None
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return self.flex(q, k, v, block_mask=mask, enable_gqa=True, kernel_options=options)
+
+        return attend
+
+    def measure(self, case: dict[str, Any]) -> dict[str, Any]:
+        """Milliseconds of every way to compute one case."""
+        length, s, w = case["length"], case["sink"], case["window"]
+        *tensors, dout = self.tensors(length)
+        ours = self.ours(s, w)
+        found: dict[str, Any] = {"flex_blocks": {}}
+
+        def add(way: str, name: str, attend: Callable[..., Tensor]) -> float:
+            ms = round(measure_pass(name, attend, tensors, dout), 4)
+            found.setdefault(way, {})[name] = ms
+            return ms
+
+        for name in PASSES:
+            add("ours", name, ours)
+            if (s, w) == HYBRID_PATTERN:  # dense does not depend on the pattern
+                add("dense", name, self.dense)
+                add("hybrid", name, self.hybrid(s, w, length))
+            best: dict[int, float] = {}
+            for block in FLEX_BLOCKS:
+                if (block, name) in self.cannot:
+                    continue
+                try:
+                    best[block] = add(f"flex_{block}", name, self.with_flex(s, w, length, block))
+                except Exception as error:  # a block size that this torch has no kernel for
+                    self.cannot[block, name] = str(error).splitlines()[0][:200]
+            if best:
+                block = min(best, key=lambda b: best[b])
+                found.setdefault("flex", {})[name] = best[block]
+                found["flex_blocks"][name] = block
+        # the two must agree before their times mean anything
+        with torch.no_grad():
+            theirs = self.with_flex(s, w, length, 128)(*tensors).float()
+            found["difference"] = (ours(*tensors).float() - theirs).abs().max().item()
+        return found
 
 
 def cases(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -122,121 +188,35 @@ def cases(args: argparse.Namespace) -> list[dict[str, Any]]:
     plan = PLANS["ours, 4 heads packed" if packed else "ours"]
     found = []
     for length in args.lengths:
-        for sink, window in PATTERNS:
-            work = count(plan, sink, window, length, args.heads, args.kv_heads, args.head_dim)
+        for s, w in PATTERNS:
+            work = count(plan, s, w, length, args.heads, args.kv_heads, args.head_dim)
             bound = [times(work, DEVICES[1], args.head_dim, b)[0] * 1e3 for b in (False, True)]
-            found.append(
-                {"length": length, "sink": sink, "window": window}
-                | {"h200_bound_ms": {"fwd": round(bound[0], 4), "fwd_bwd": round(bound[1], 4)}}
-            )
+            bounds = {name: round(ms, 4) for name, ms in zip(PASSES, bound, strict=True)}
+            found.append({"length": length, "sink": s, "window": w, "h200_bound_ms": bounds})
     return found
 
 
-def tensors(args: argparse.Namespace, length: int) -> list[Tensor]:
-    """q, k, v of one case."""
-    torch.manual_seed(0)
-    heads = (args.heads, args.kv_heads, args.kv_heads)
-    shapes = [(1, n, length, args.head_dim) for n in heads]
-    return [torch.randn(s, device="cuda", dtype=torch.bfloat16) for s in shapes]
-
-
-def measure(case: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
-    """Milliseconds of every way to compute one case."""
-    from flexsparse.executors.streaming import streaming_attention
-
-    length, s, w = case["length"], case["sink"], case["window"]
-    q, k, v = tensors(args, length)
-    sink, window = (torch.full((args.heads,), n, dtype=torch.int32, device="cuda") for n in (s, w))
-    half, kv_half = args.heads // 2, args.kv_heads // 2
-
-    def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        n = q.shape[1]
-        out = streaming_attention(q, k, v, sink[:n], window[:n], max_sink=s)
-        assert isinstance(out, Tensor)
-        return out
-
-    def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-
-    def hybrid(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        first = dense(q[:, :half], k[:, :kv_half], v[:, :kv_half])
-        return torch.cat((first, ours(q[:, half:], k[:, kv_half:], v[:, kv_half:])), 1)
-
-    found: dict[str, Any] = {"ours": passes(ours, q, k, v)}
-    torch._dynamo.reset()  # or the ninth length would silently run unfused
-    compiled = torch.compile(flex_attention, dynamic=False)
-    flex: dict[int, dict[str, float]] = {}
-    for block in FLEX_BLOCKS:
-        mask = streaming_block_mask(s, w, length, block, "cuda")
-        try:
-            flex[block] = passes(
-                lambda q, k, v, mask=mask: compiled(q, k, v, block_mask=mask, enable_gqa=True),
-                q, k, v,
-            )  # fmt: skip
-        except Exception as error:  # a block size this torch cannot compile is no result
-            found[f"flex_{block}_failed"] = str(error)[:200]
-    if 128 in flex:  # the two must agree before their times mean anything
-        mask = streaming_block_mask(s, w, length, 128, "cuda")
-        theirs = compiled(q, k, v, block_mask=mask, enable_gqa=True)
-        found["difference"] = (ours(q, k, v).float() - theirs.float()).abs().max().item()
-    for name in ("fwd", "fwd_bwd"):
-        best = min(flex, key=lambda block: flex[block][name], default=None)
-        if best is not None:
-            found.setdefault("flex", {})[name] = flex[best][name]
-            found.setdefault("flex_block", {})[name] = best
-    if s == PATTERNS[0][0]:  # dense does not depend on the pattern
-        found["dense"] = passes(dense, q, k, v)
-        found["hybrid"] = passes(hybrid, q, k, v)
-    return found
-
-
-def tune(args: argparse.Namespace) -> None:
-    """Time every candidate tile per kernel at the first length; print the best first."""
-    from flexsparse.executors import streaming, streaming_ops, streaming_tiles
-
-    length = args.lengths[0]
-    q, k, v = tensors(args, length)
-    packed = args.heads > args.kv_heads
-    usual = streaming_tiles.tiles_for(q, v)
-    for s, w in PATTERNS:
-        sink, window = (
-            torch.full((args.heads,), n, dtype=torch.int32, device="cuda") for n in (s, w)
-        )
-
-        def attend(q: Tensor, k: Tensor, v: Tensor, sink=sink, window=window, s=s) -> Tensor:  # type: ignore[no-untyped-def]
-            return streaming.streaming_attention(q, k, v, sink, window, max_sink=s)  # type: ignore[return-value]
-
-        for kernel in ("fwd_packed" if packed else "fwd", "dq_packed" if packed else "dq", "dkdv"):
-            found = []
-            for numbers in CANDIDATES:
-                tiles = usual._replace(**{kernel: streaming_tiles.Tile(*numbers)})
-                streaming_ops.tiles_for = lambda q, v, tiles=tiles: tiles  # type: ignore[misc]
-                try:
-                    result = passes(attend, q, k, v)
-                except Exception:  # out of shared memory, or a tile triton cannot lay out
-                    continue
-                key = "fwd" if kernel.startswith("fwd") else "fwd_bwd"
-                found.append((result[key], numbers))
-            print(f"({s}, {w}) {kernel}, in use {tuple(getattr(usual, kernel))}")
-            for ms, numbers in sorted(found)[:5]:
-                print(f"    {ms:8.3f} ms  (rows, kv, warps, stages) = {numbers}", flush=True)
-
-
-def about() -> dict[str, Any]:
-    """What the numbers were measured on."""
-    import triton
-
-    return {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "date": str(datetime.date.today()),
-        "timing": "median of 5 to 50 runs, CUDA events, milliseconds",
-    }
+def verdicts(rows: list[dict[str, Any]]) -> list[str]:
+    """What was aimed at on an H200, and whether it was met."""
+    lines = []
+    for row in rows:
+        pattern = (row["sink"], row["window"])
+        aim = {(64, 256): 1.3, (4, 64): 1.7}.get(pattern)
+        for name in PASSES:
+            where = f"{row['length']} tokens, {pattern}, {name}"
+            mine = row["ours"][name]
+            if aim and row["length"] >= 16384 and name in row.get("flex", {}):
+                ratio, over = row["flex"][name] / mine, mine / row["h200_bound_ms"][name]
+                lines.append(f"{where}: {ratio:.2f} x faster than flex (aim: {aim} or more)")
+                lines.append(f"{where}: {over:.2f} x the H200's roofline (aim: 2 or less)")
+            if "hybrid" in row and row["length"] >= 131072:
+                part = row["hybrid"][name] / row["dense"][name]
+                lines.append(f"{where}: half streaming takes {part:.3f} of dense (aim: 0.52)")
+    return lines
 
 
 def plot(rows: list[dict[str, Any]], folder: pathlib.Path) -> None:
-    """Time over length, one picture for each pattern and pass."""
+    """Time over length, one picture for each pattern."""
     try:
         import matplotlib.pyplot as plt
     except ImportError:
@@ -246,14 +226,63 @@ def plot(rows: list[dict[str, Any]], folder: pathlib.Path) -> None:
     for s, w in PATTERNS:
         figure, axes = plt.subplots(1, 2, figsize=(10, 4))
         mine = [row for row in rows if (row["sink"], row["window"]) == (s, w)]
-        for axis, name in zip(axes, ("fwd", "fwd_bwd"), strict=True):
+        mine.sort(key=lambda row: row["length"])
+        for axis, name in zip(axes, PASSES, strict=True):
             for way in ("ours", "flex", "dense", "hybrid", "h200_bound_ms"):
-                points = [(r["length"], r[way][name]) for r in mine if way in r]
+                points = [(r["length"], r[way][name]) for r in mine if name in r.get(way, {})]
                 if points:
                     axis.loglog(*zip(*points, strict=True), marker="o", label=way)
             axis.set(title=f"sink {s}, window {w}: {name}", xlabel="tokens", ylabel="ms")
             axis.legend()
         figure.savefig(folder / f"streaming_{s}_{w}.png", dpi=120, bbox_inches="tight")
+        plt.close(figure)
+
+
+def about(args: argparse.Namespace) -> dict[str, Any]:
+    """What the numbers were measured on."""
+    import triton
+
+    return {
+        "device": "dry run on a CPU" if args.dry_run else torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "date": str(datetime.date.today()),
+        "shape": f"{args.heads} heads, {args.kv_heads} kv heads, head_dim {args.head_dim}, batch 1",
+        "timing": "median of 3 to 50 runs, CUDA events, milliseconds",
+    }
+
+
+def main() -> None:
+    """Measure, print, and save where asked."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS))
+    parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--kv-heads", type=int, default=32)
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--seconds", type=float, default=3600, help="start no case after these")
+    parser.add_argument("--dry-run", action="store_true", help="tiny, on a CPU")
+    parser.add_argument("--save", type=pathlib.Path)
+    parser.add_argument("--plot", type=pathlib.Path, help="a folder for the plots")
+    args = parser.parse_args()
+    if args.dry_run:
+        args.lengths, args.heads, args.kv_heads, args.head_dim = [256, 128], 4, 2, 32
+    started = time.perf_counter()
+    record = about(args)
+    print(record, flush=True)
+    bench, rows = Bench(args), []
+    left = cases(args)
+    while left and time.perf_counter() - started < args.seconds:
+        case = left.pop(0)
+        rows.append(case | bench.measure(case))
+        print(json.dumps(rows[-1]), flush=True)
+        cannot = {f"{name}, block {block}": why for (block, name), why in bench.cannot.items()}
+        record |= {"flex_cannot": cannot, "verdicts": verdicts(rows), "rows": rows}
+        if args.save:  # after every case: an interrupted run keeps what it has
+            args.save.parent.mkdir(parents=True, exist_ok=True)
+            args.save.write_text(json.dumps(record, indent=1) + "\n")
+    print(*verdicts(rows), f"{len(left)} cases left out for time", sep="\n")
+    if args.plot:
+        plot(rows, args.plot)
 
 
 if __name__ == "__main__":

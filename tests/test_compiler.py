@@ -231,6 +231,14 @@ def test_one_kernel_for_all_numbers_and_lengths():
             assert_as_good_as_dense(out, mask, q, k, v)
 
 
+def test_without_gradients_inputs_may_still_ask_for_them():
+    q, k, v = (x.requires_grad_() for x in inputs(700, 700))
+    attend = compile_mask(causal & (sink(2) | window(11)), 700, 700)
+    with torch.no_grad():
+        out = attend(q.view_as(q), k, v, executor="flex")
+    assert_as_good_as_dense(out, causal & (sink(2) | window(11)), q, k, v)
+
+
 def test_dynamo_giving_up_is_noticed(monkeypatch):
     """When dynamo meets its limit of recompilations it runs the body: that must never be used."""
     q, k, v = inputs(64, 64)

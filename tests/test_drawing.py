@@ -250,6 +250,16 @@ def test_our_lists_are_drawn_compact_or_whole(compact, widen):
     assert torch.equal(panel.kept, mine.kept)
 
 
+def test_the_block_mask_of_a_compiled_mask_looks_like_it():
+    attend = compile_mask(per_head([causal, STREAMING, causal]), 1000, 1000, device="cpu")
+    ours, whole = shown(attend), shown(attend.block_mask)
+    assert [panel.who for panel in whole] == ["heads 0, 2", "head 1"]
+    for mine, theirs in zip(ours, whole, strict=True):
+        assert torch.equal(mine.states, theirs.states)
+        assert torch.equal(mine.kept, theirs.kept)
+    assert "BlockMask" in html(attend.block_mask)
+
+
 def test_lists_in_any_order_without_full_blocks_are_drawn():
     def mask_mod(b, h, q, kv):
         return q >= kv

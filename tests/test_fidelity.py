@@ -4,9 +4,13 @@ import math
 
 import pytest
 import torch
+from letter_models import N_HEADS, VOCABULARY, Letters, tiny
 from torch.nn.functional import cross_entropy
 
 from flexsparse import MaskError, everything
+from flexsparse.commands import main
+from flexsparse.commands.eval import uniform
+from flexsparse.commands.real_model import INSTALL, PACKAGE, load, manual
 from flexsparse.executors import flex
 from flexsparse.fidelity import (
     Divergence,
@@ -27,7 +31,6 @@ from flexsparse.fidelity import (
 from flexsparse.fidelity.figure import Point
 from flexsparse.masks import causal, sink, window
 from flexsparse.plan import SparsePlan
-from letter_models import N_HEADS, VOCABULARY, Letters, tiny
 
 LENGTH = 300
 STREAM = causal & (sink(4) | window(32))
@@ -109,7 +112,8 @@ def test_perplexity_under_a_plan_is_that_of_dense_masks(family, ids):
 def test_every_takes_the_last_prediction_and_those_before_it(ids):
     model = tiny("llama")
     every = token_losses(model, ids, every=7)
-    torch.testing.assert_close(every, dense_loss(model, ids)[:, (LENGTH - 1) % 7 :: 7])
+    expected = dense_loss(model, ids).flip(1)[:, ::7].flip(1)
+    torch.testing.assert_close(every, expected)
 
 
 def test_a_replay_runs_again_from_a_layer_under_another_plan(ids):
@@ -242,12 +246,13 @@ def test_a_picture_shows_every_plan_at_its_density():
     pytest.importorskip("matplotlib")
     points = [Point("window(128)", 0.12, 24.6, False), Point("plan.json", 0.27, 11.8, True)]
     figure = draw_perplexity(points, Point("dense", 0.53, 11.6, False), "a title")
-    axes = figure.axes[0]
+    axes = figure.axes[-1]
     at = [
         (x, y) for line in axes.lines[1:] for x, y in [(line.get_xdata()[0], line.get_ydata()[0])]
     ]
-    assert at == [(12.0, 24.6), (27.0, 11.8)]
-    assert {"window(128)", "plan.json", "dense: 11.60 at 53%"} <= {t.get_text() for t in axes.texts}
+    assert at == [(53.0, 11.6), (12.0, 24.6), (27.0, 11.8)]
+    names = [text.get_text() for text in axes.texts]
+    assert names == ["dense  11.60", "window(128)  24.60", "plan.json  11.80"]
 
 
 def test_a_text_that_is_too_short_is_refused():
@@ -293,6 +298,86 @@ def test_recall_sequences_without_room_are_refused():
         recall_sequences(1, 31, 8, keys, keys)
     with pytest.raises(MaskError, match="take 9 keys and 8 values"):
         recall_sequences(1, 64, 8, keys[:8], keys)
+
+
+@pytest.fixture
+def letters(monkeypatch, tmp_path):
+    """The commands read a tiny model, and a file of letters."""
+    for command in ("eval", "search"):
+        monkeypatch.setattr(
+            f"flexsparse.commands.{command}.load", lambda *_: (tiny("gemma3"), Letters())
+        )
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog " * 60)
+    return ["--text", str(text), "--len", "640"]
+
+
+def test_eval_compares_plans_masks_and_the_dense_model(letters, capsys, tmp_path):
+    plan = SparsePlan([None, [causal, STREAM, STREAM, STREAM], None, None])
+    plan.save(tmp_path / "mine.json")
+    mask = "causal & (sink(4) | window(32))"
+    figure = tmp_path / "figure.png"
+    command = ["eval", str(tmp_path / "mine.json"), "--mask", mask, "--sequences", "2", *letters]
+    assert main([*command, "--heads", "--probes", "--figure", str(figure)]) == 0
+    printed = capsys.readouterr().out
+    ids = sequences(Letters(), "the quick brown fox jumps over the lazy dog " * 60, 640, 2)
+    model = tiny("gemma3")
+    for name, density, which in (
+        # 5 x 5 blocks: causal computes 15, the stream 12 (a sink, the diagonal and one beside it)
+        ("dense", 15 / 25, None),
+        (mask, 12 / 25, SparsePlan([None, [STREAM] * 4, None, [STREAM] * 4])),
+        ("mine.json", (15 + 3 * 12) / 100, plan),
+    ):
+        line = next(line for line in printed.splitlines() if line.strip().startswith(name))
+        assert f"{density:.1%}" in line
+        assert f"{perplexity(model, ids, which):.3f}" in line
+    assert "mass kept" in printed
+    assert "needle at 10%" in printed
+    assert figure.stat().st_size > 1000
+
+
+EVAL_REFUSED = [
+    (["--len", "5000"], "reads at most 2,048 tokens"),
+    (["--sequences", "9"], "9 sequence"),
+    (
+        ["--mask", "causal", "--layers", "1,7"],
+        "layer 7 does not exist; the model has layers 0 to 3",
+    ),
+    (["--text", "nowhere.txt"], "cannot read --text nowhere.txt"),
+    (["nowhere.json"], "nowhere.json"),
+    (["--mask", "window(0)"], "sees no key"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), EVAL_REFUSED, ids=lambda x: str(x)[:30])
+def test_eval_refuses_in_one_sentence(arguments, message, letters, capsys, monkeypatch):
+    monkeypatch.setattr("flexsparse.commands.eval.token_losses", lambda *_: pytest.fail("it ran"))
+    assert main(["eval", *letters, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_eval_refuses_a_plan_for_another_model(letters, capsys, tmp_path):
+    SparsePlan([None, [causal] * 2]).save(tmp_path / "other.json")
+    assert main(["eval", *letters, str(tmp_path / "other.json")]) == 2
+    assert "The plan has 2 layers and the model" in capsys.readouterr().err
+
+
+@pytest.mark.real_model
+def test_a_real_model_needs_its_first_tokens(monkeypatch):
+    """StreamingLLM's attention sinks, on 600 tokens of the manual."""
+    pytest.importorskip(PACKAGE.replace("-", "_"), reason=INSTALL)
+    model, tokenizer = load(None, torch.device("cpu"))
+    ids = sequences(tokenizer, manual(), 600, 1)
+    config = model.config
+    assert full_layers(config) == [5, 11, 17]
+    dense, sinks, none = (
+        perplexity(model, ids, mask and uniform(config, [5, 11, 17], mask))
+        for mask in (None, causal & (sink(4) | window(128)), causal & window(128))
+    )
+    assert dense == pytest.approx(math.exp(dense_loss(model, ids).mean()), rel=1e-3)
+    assert dense < sinks < 1.2 * dense < none
 
 
 def test_a_model_in_training_mode_goes_on_training(ids):

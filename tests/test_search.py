@@ -4,16 +4,16 @@ import itertools
 
 import pytest
 import torch
-from letter_models import N_HEADS, VOCABULARY, tiny
+from letter_models import N_HEADS, VOCABULARY, Letters, tiny
 
 from flexsparse import MaskError, kv_idx
+from flexsparse.commands import main
 from flexsparse.executors import flex
 from flexsparse.fidelity import Divergence, Replay, head_fidelity, layer_inputs, plan_density
 from flexsparse.masks import block_streaming, causal
-from flexsparse.search import CRITERIA, assign, candidates_for, search
-from flexsparse.search import knapsack
+from flexsparse.plan import SparsePlan
+from flexsparse.search import CRITERIA, assign, candidates_for, knapsack, search
 from flexsparse.search.criteria import Measured, Slot, plan_of
-from flexsparse.search.knapsack import fewest_changes
 
 LENGTH = 640  # 5 x 5 blocks
 CANDIDATES = [causal, block_streaming(1, 2), block_streaming(1, 1), block_streaming(0, 1)]
@@ -57,20 +57,6 @@ def test_the_knapsack_is_exact(seed):
     assert found.loss == pytest.approx(least, abs=1e-6)
     assert found.bound == found.loss
     assert found.cost == sum(int(costs[i, j]) for i, j in enumerate(found.choice)) <= budget
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_few_changes_are_the_best_of_that_many(seed):
-    losses, costs, budget = problem(seed)
-    current = torch.randint(0, 4, (5,), generator=torch.Generator().manual_seed(seed))
-    least = {}
-    for loss, choice in every_assignment(losses, costs, budget):
-        changes = sum(int(a) != b for a, b in zip(current, choice, strict=True))
-        for most in range(max(changes, 1), 6):
-            least[most] = min(loss, least.get(most, loss))
-    found = fewest_changes(losses, costs, budget, current, 5)
-    assert [x.loss for x in found] == pytest.approx([least[n] for n in sorted(least)], abs=1e-6)
-    assert all(x.cost <= budget for x in found)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -141,7 +127,7 @@ def test_moves_are_differences_of_measured_divergences(ids):
     model = tiny("gemma3")
     slots = [Slot(layer, head) for layer in (1, 3) for head in range(N_HEADS)]
     masks = [block_streaming(1, 1)] * len(slots)
-    moves = Measured(model, ids, slots, every=8).moves(masks, CANDIDATES, lambda: None)
+    moves = Measured(model, ids, slots, every=8).moves(masks, CANDIDATES)
     assert (moves[:, 2] == 0).all()  # no move
 
     def divergence(masks):
@@ -172,6 +158,26 @@ def test_each_round_of_the_search_is_better_than_the_one_before(ids):
     assert found.history[-1][0] == found.assignment.cost
 
 
+def test_a_search_stops_at_a_plan_that_no_change_improves(ids, monkeypatch):
+    """Moves that promise much and keep nothing are tried, fewer and fewer, and then given up."""
+    tried = []
+    monkeypatch.setattr(Measured, "of", lambda self, masks: tried.append(masks) or 1.0)
+    promises = torch.tensor([[-0.1, 0.2, 0.0, 0.1], [-0.8, 0.2, 0.0, 0.1]] * 4)
+    monkeypatch.setattr(Measured, "moves", lambda *_: promises.double())
+    found = search(tiny("gemma3"), ids, 0.6, candidates=CANDIDATES, every=8)
+    # from everything, which fits: nothing promises to be better
+    assert set(found.plan.layers[1]) == {causal}
+    assert len(tried) == 1
+    tried.clear()
+    found = search(tiny("gemma3"), ids, 0.5, candidates=CANDIDATES[:1] + CANDIDATES[2:], every=8)
+    start, *changed = tried
+    assert [mask.name for mask in start] == ["block_streaming(1, 1)"] * 8
+    assert found.plan.layers[1] == tuple(start[:4])  # the start is kept
+    numbers = [sum(a != b for a, b in zip(start, masks, strict=True)) for masks in changed]
+    assert numbers == sorted(numbers, reverse=True)
+    assert len(found.history) == 1
+
+
 REFUSED = [
     ({"density": 0.0}, "density=0.0; it is a part of all blocks"),
     ({"density": 1.5}, "density=1.5"),
@@ -181,7 +187,7 @@ REFUSED = [
     ({"density": 0.5, "layers": [4]}, "Layer 4 does not exist; the model has layers 0 to 3"),
     (
         {"density": 0.5, "candidates": [causal, causal & (kv_idx < 0)]},
-        "keeps no block at all in layer 1",
+        "keeps no block in layer 1",
     ),
 ]
 
@@ -205,3 +211,39 @@ def test_a_model_with_windows_everywhere_is_refused(ids):
 def test_text_longer_than_the_model_reads_is_refused():
     with pytest.raises(MaskError, match="reads at most 2,048 tokens"):
         search(tiny("llama"), torch.zeros(1, 4096, dtype=torch.int64), 0.5)
+
+
+def test_the_command_searches_and_saves_a_plan(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("flexsparse.commands.search.load", lambda *_: (tiny("gemma3"), Letters()))
+    text, plan = tmp_path / "text.txt", tmp_path / "plan.json"
+    text.write_text("the quick brown fox jumps over the lazy dog " * 30)
+    command = ["search", str(plan), "--text", str(text), "--len", "640", "--sequences", "2"]
+    masks = ["--candidate", "causal", "--candidate", "block_streaming(1, 1)"]
+    assert main([*command, *masks, "--density", "0.5", "--criterion", "output"]) == 0
+    saved = SparsePlan.load(plan)
+    assert str(saved) in capsys.readouterr().out
+    assert plan_density(saved, tiny("gemma3").config, 640) <= 0.5
+    # of 15 and 9 blocks, five heads have room for everything
+    heads = [mask for layer in saved.layers if layer for mask in layer]
+    assert heads.count(causal) == 4
+
+
+@pytest.mark.parametrize(
+    ("plan", "arguments", "message"),
+    [
+        ("plan.json", ["--density", "0"], "density=0.0; it is a part of all blocks"),
+        ("plan.json", ["--density", "0.2"], "blocks together, and the budget is"),
+        ("no/plan.json", ["--density", "0.5"], "cannot write"),
+        ("plan.json", ["--density", "0.5", "--layers", "9"], "Layer 9 does not exist"),
+        ("plan.json", ["--density", "0.5", "--sequences", "9"], "9 sequence"),
+    ],
+)
+def test_the_command_refuses_in_one_sentence(
+    plan, arguments, message, monkeypatch, capsys, tmp_path
+):
+    monkeypatch.setattr("flexsparse.commands.search.load", lambda *_: (tiny("gemma3"), Letters()))
+    text = tmp_path / "text.txt"
+    text.write_text("letters " * 200)
+    command = ["search", str(tmp_path / plan), "--text", str(text), "--len", "640"]
+    assert main([*command, "--sequences", "1", *arguments]) == 2
+    assert message in capsys.readouterr().err

@@ -17,6 +17,8 @@ from transformers import (
     BertModel,
     CompileConfig,
     DynamicCache,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     StaticCache,
 )
 from transformers.masking_utils import create_causal_mask
@@ -308,6 +310,25 @@ def test_encoders_run_without_a_plan():
         model.set_attn_implementation("flexsparse")
         out = model(ids, attention_mask=mask).last_hidden_state
     torch.testing.assert_close(out[mask.bool()], expected[mask.bool()])
+
+
+def test_images_are_seen_both_ways_as_the_model_has_it(ids):
+    vision = {"image_size": 28, "patch_size": 14, "num_hidden_layers": 3}
+    vision |= {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
+    text = {**tiny_models.SIZES, **tiny_models.SLIDING}
+    image = {"mm_tokens_per_image": 4, "image_token_index": 96}
+    config = Gemma3Config(text_config=text, vision_config=vision, **image)
+    model = Gemma3ForConditionalGeneration(config).double().eval()
+    ids = ids.clamp(max=95)
+    ids[:, 5:9] = 96
+    inputs = {"input_ids": ids, "token_type_ids": (ids == 96).long(), "use_cache": False}
+    inputs["pixel_values"] = torch.randn(2, 3, 28, 28, dtype=torch.float64)
+    plan_of(tiny_models.WINDOWS, past="").apply(model)
+    with torch.no_grad():
+        out = model(**inputs).logits
+        model.set_attn_implementation({"text_config": "dense"})
+        tiny_models.dense.places = torch.arange(LENGTH).expand(2, -1)
+        torch.testing.assert_close(out, model(**inputs).logits, atol=1e-5, rtol=0)
 
 
 def test_plans_come_off_again(ids):

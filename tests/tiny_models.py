@@ -20,9 +20,9 @@ SINK = 3
 WINDOWS = [[5, 9, 30, None], [7, 50, None, 4]]
 
 
-def plan_of(windows):
+def plan_of(windows, past="causal & "):
     return SparsePlan(
-        [[w and f"causal & (sink({SINK}) | window({w}))" for w in layer] for layer in windows]
+        [[w and f"{past}(sink({SINK}) | window({w}))" for w in layer] for layer in windows]
     )
 
 

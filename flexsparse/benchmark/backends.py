@@ -11,6 +11,7 @@ import statistics
 import time
 import types
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -22,12 +23,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from flexsparse.benchmark.harness import first_call
 from flexsparse.benchmark.workloads import Shape, Workload
 from flexsparse.compiler import CompiledMask, compile_mask
-from flexsparse.heads import PerHead
 from flexsparse.lower import lower
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 WARM_BUDGET = 0.5  # seconds
-# elements that torch's create_block_mask may look at: seconds on CPU, and as many on a GPU
+# up to so many elements create_block_mask takes less time and memory as it is than to be compiled
+EAGER_ELEMENTS = 1 << 27
+# elements that create_block_mask may look at: seconds on CPU, and as many on a GPU
 MOST_ELEMENTS = {"cpu": 1 << 33, "cuda": 1 << 38}
 MOST_SCORES = {"cpu": 1 << 30, "cuda": 1 << 34}  # bytes that eager attention may hold at once
 
@@ -65,10 +67,9 @@ class Case(NamedTuple):
 
 def case(workload: Workload, shape: Shape, device: torch.device) -> Case:
     """Compile the mask of a workload, and time that."""
-    mask = workload.mask(shape.n_heads, device)
 
     def make() -> CompiledMask:
-        return compile_mask(mask, workload.q_len, workload.kv_len, device=device)
+        return compile_mask(workload.mask, workload.q_len, workload.kv_len, device=device)
 
     attend, cold, warm = _built(make, device)
     lists = [
@@ -85,29 +86,27 @@ def flexsparse(case: Case) -> Prepared | str:
 
 
 def flex_torch(case: Case) -> Prepared | str:
-    """torch's flex_attention with the BlockMask that torch makes."""
+    """Flex_attention of torch with the BlockMask that torch makes."""
     return _flex(case, case.mask_mod)
 
 
 def flex_gym(case: Case) -> Prepared | str:
-    """torch's flex_attention with attention-gym's mask_mod."""
+    """Flex_attention of torch with attention-gym's mask_mod."""
     if case.workload.gym is None:
-        return "attention-gym has no such mask"
-    try:
-        mask_mod = case.workload.gym(case.device)
-    except ImportError:
-        return "attention-gym is not installed: pip install 'flexsparse[gym]'"
-    return _flex(case, mask_mod)
+        return "attention-gym has no such mask, or is not installed: pip install 'flexsparse[gym]'"
+    return _flex(case, case.workload.gym)
 
 
 def _flex(case: Case, mask_mod: Callable[..., Tensor]) -> Prepared | str:
     workload, shape = case.workload, case.shape
-    n_heads = shape.n_heads if isinstance(workload.mask(shape.n_heads, case.device), PerHead) else None
+    n_heads = case.attend.n_heads
     elements = workload.q_len * workload.kv_len * (n_heads or 1)
     if elements > MOST_ELEMENTS[case.device.type]:
         return f"create_block_mask would look at {elements:,} elements"
     # a function of its own, or the ninth mask of a process would run dense and unfused
-    create = torch.compile(_own(create_block_mask), dynamic=False)
+    create = create_block_mask
+    if elements > EAGER_ELEMENTS:
+        create = torch.compile(_own(create_block_mask), dynamic=False)
     block_mask, cold, warm = _built(
         lambda: create(mask_mod, None, n_heads, workload.q_len, workload.kv_len, case.device),
         case.device,
@@ -193,7 +192,8 @@ def eager(case: Case) -> Prepared | str:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         k, v = (x.repeat_interleave(group_size, 1) if group_size > 1 else x for x in (k, v))
         scores = q @ k.mT * q.shape[-1] ** -0.5
-        return scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v
+        weights: Tensor = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+        return weights @ v
 
     return Prepared(attend)
 
@@ -208,7 +208,7 @@ def _too_large(case: Case) -> str | None:
 
 
 def varlen_attn(case: Case) -> Prepared | str:
-    """torch's FlashAttention for packed documents and windows (torch.nn.attention.varlen)."""
+    """FlashAttention of torch for packed documents and windows (torch.nn.attention.varlen)."""
     if case.device.type != "cuda":
         return "it runs on CUDA"
     try:
@@ -218,33 +218,34 @@ def varlen_attn(case: Case) -> Prepared | str:
     ends, longest, left = _packed(case)
     if left is None:
         return "the mask is neither a window nor documents"
-    gqa = {} if case.shape.n_heads == case.shape.n_kv_heads else {"enable_gqa": True}
+    options: dict[str, Any] = {"window_size": (left, 0)}
+    if case.shape.n_heads != case.shape.n_kv_heads:
+        options["enable_gqa"] = True
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
-        out = varlen_attn(q, k, v, ends, ends, longest, longest, window_size=(left, 0), **gqa)
-        return _unpacked(out, case)
+        return _unpacked(varlen_attn(q, k, v, ends, ends, longest, longest, **options), case)
 
     return Prepared(attend)
 
 
-def flash_attn(case: Case, module: str) -> Prepared | str:
+def flash_attn(module: str, case: Case) -> Prepared | str:
     """Dense attention of one of the flash-attn packages."""
-    function = _installed(case, module, "flash_attn_func")
+    function = _installed(module, case, "flash_attn_func")
     if isinstance(function, str):
         return function
     causal = case.workload.is_causal
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = function(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), causal=causal)
-        return _first(out).transpose(1, 2)
+        return _output(out).transpose(1, 2)
 
     return Prepared(attend)
 
 
-def flash_attn_sparse(case: Case, module: str) -> Prepared | str:
+def flash_attn_varlen(module: str, case: Case) -> Prepared | str:
     """Windows and packed documents of one of the flash-attn packages."""
-    function = _installed(case, module, "flash_attn_varlen_func")
+    function = _installed(module, case, "flash_attn_varlen_func")
     if isinstance(function, str):
         return function
     ends, longest, left = _packed(case)
@@ -264,7 +265,7 @@ def flash_attn_sparse(case: Case, module: str) -> Prepared | str:
             causal=True,
             window_size=(left, 0),
         )
-        return _unpacked(_first(out), case)
+        return _unpacked(out, case)
 
     return Prepared(attend)
 
@@ -278,11 +279,13 @@ def _packed(case: Case) -> tuple[Tensor, int, int | None]:
     return ends, max(lengths), left
 
 
-def _unpacked(out: Tensor, case: Case) -> Tensor:
-    return out.unflatten(0, (case.shape.batch, -1)).transpose(1, 2)
+def _unpacked(out: Any, case: Case) -> Tensor:
+    """[tokens of all batch rows, heads, D] -> [B, heads, tokens, D]."""
+    tokens = _output(out)
+    return tokens.reshape(case.shape.batch, -1, *tokens.shape[1:]).transpose(1, 2)
 
 
-def _installed(case: Case, module: str, name: str) -> Callable[..., Any] | str:
+def _installed(module: str, case: Case, name: str) -> Callable[..., Any] | str:
     if case.device.type != "cuda":
         return "it runs on CUDA"
     try:
@@ -292,9 +295,10 @@ def _installed(case: Case, module: str, name: str) -> Callable[..., Any] | str:
     return function
 
 
-def _first(out: Any) -> Any:
-    """Some versions return the LSE too."""
-    return out[0] if isinstance(out, tuple) else out
+def _output(out: Any) -> Tensor:
+    """The output; some versions return the LSE too."""
+    tensor: Tensor = out[0] if isinstance(out, tuple) else out
+    return tensor
 
 
 FLASH_ATTN = {
@@ -302,6 +306,7 @@ FLASH_ATTN = {
     "flash-attn 3": "flash_attn_interface",
     "flash-attn 4": "flash_attn.cute",
 }
+WITHOUT_SKIPPING = ("sdpa math", "eager")  # dense and not fused: causal attention costs as much
 DENSE: dict[str, Callable[[Case], Prepared | str]] = {
     "sdpa": sdpa,
     "sdpa flash": sdpa_flash,
@@ -309,17 +314,14 @@ DENSE: dict[str, Callable[[Case], Prepared | str]] = {
     "sdpa cudnn": sdpa_cudnn,
     "sdpa math": sdpa_math,
     "eager": eager,
-    **{name: lambda case, m=module: flash_attn(case, m) for name, module in FLASH_ATTN.items()},
+    **{name: partial(flash_attn, module) for name, module in FLASH_ATTN.items()},
 }
 SPARSE: dict[str, Callable[[Case], Prepared | str]] = {
     "flexsparse": flexsparse,
     "flex, torch's blocks": flex_torch,
     "flex, attention-gym": flex_gym,
     "varlen_attn": varlen_attn,
-    **{
-        f"{name} varlen": lambda case, m=module: flash_attn_sparse(case, m)
-        for name, module in FLASH_ATTN.items()
-    },
+    **{f"{name} varlen": partial(flash_attn_varlen, module) for name, module in FLASH_ATTN.items()},
 }
 
 

@@ -72,7 +72,7 @@ def take_turns(
 
 
 def _on_cuda(call: Callable[[], object], budget: float) -> Times:
-    from triton.testing import do_bench  # type: ignore[import-not-found,unused-ignore]
+    from triton.testing import do_bench
 
     runs = do_bench(call, warmup=25, rep=max(100, budget * 1e3), return_mode="all")
     return Times.of([ms / 1e3 for ms in runs])

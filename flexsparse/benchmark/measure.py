@@ -14,19 +14,29 @@ A row is a dict that JSON can hold:
     peak_bytes                               beyond what is held before the call
     ratio_to_dense                           to the fastest dense kernel of the row's pass
     ideal_ms, ratio_to_ideal                 that kernel's time x block density / dense density
-    difference                               from flexsparse's output, the largest; null if dense
+    difference                               from flexsparse's output, the largest; null where the
+                                             backend computes other than the mask
     device, threads, torch, triton, flexsparse, python, date
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from flexsparse.benchmark.backends import DENSE, SPARSE, Attend, Case, Prepared, case
+from flexsparse.benchmark.backends import (
+    DENSE,
+    SPARSE,
+    WITHOUT_SKIPPING,
+    Attend,
+    Case,
+    Prepared,
+    case,
+)
 from flexsparse.benchmark.harness import Times, environment, first_call, peak_bytes, take_turns
 from flexsparse.benchmark.workloads import BLOCK, Shape, Workload
 from flexsparse.drawing.panels import panels
@@ -34,8 +44,11 @@ from flexsparse.drawing.planes import Lengths, planes
 
 Row = dict[str, Any]
 OURS = "flexsparse"
+EXACT = (*SPARSE, "eager")  # they compute the mask, and can be compared
 # matrix products: q k' and p v; with the backward pass, five more
 FLOPS = {"forward": 4, "forward+backward": 14}
+# how far the outputs of two kernels may be apart, of values up to about 4
+ALLOWED_DIFFERENCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 
 
 class Result(NamedTuple):
@@ -60,7 +73,7 @@ def measure(workload: Workload, shape: Shape, device: torch.device, *, budget: f
     missing: dict[str, str] = {}
     found = case(workload, shape, device)
     for name, backend in {**SPARSE, **DENSE}.items():
-        result = _attempt(lambda backend=backend: backend(found))  # type: ignore[misc]
+        result = _attempt(partial(backend, found))
         if isinstance(result, str):
             missing[name] = result
         else:
@@ -86,13 +99,13 @@ def _measure(
     first: dict[str, float] = {}
     for name, backend in prepared.items():
         call = _call(backend.attend, inputs, direction)
-        result = _attempt(lambda call=call: first_call(call, found.device))  # type: ignore[misc]
+        result = _attempt(partial(first_call, call, found.device))
         if isinstance(result, str):
             missing[f"{name}, {direction}"] = result
         else:
             out, first[name] = result
             calls[name] = call
-            if name in SPARSE:
+            if name in EXACT:
                 outs[name] = out.detach().float()
     times = take_turns(calls, found.device, budget)
     return {
@@ -164,7 +177,7 @@ def _rows(
     rows = []
     for name, one in measured.items():
         build = prepared[name].build
-        tiles = dense_density if name in DENSE else blocks
+        tiles = 1.0 if name in WITHOUT_SKIPPING else dense_density if name in DENSE else blocks
         rows.append(
             {
                 "preset": workload.preset,
@@ -190,7 +203,7 @@ def _rows(
                 "element_density": elements,
                 "dense_density": dense_density,
                 "tile_tflops": flops * tiles / one.times.median / 1e9,
-                "useful_tflops": flops * elements / one.times.median / 1e9,
+                "useful_tflops": elements and flops * elements / one.times.median / 1e9,
                 "peak_bytes": one.peak,
                 "difference": one.difference,
             }
@@ -221,3 +234,14 @@ def densities(found: Case) -> tuple[float, float | None]:
     blocks = shown.weighted([panel.block_density for panel in shown.shown])
     assert blocks is not None
     return blocks, shown.weighted([panel.element_density for panel in shown.shown])
+
+
+def disagreements(rows: list[Row]) -> list[str]:
+    """The rows whose output is not that of flexsparse, in words."""
+    return [
+        f"{row['workload']}, {row['x']} {row['x_axis']}, {row['backend']}: {row['difference']:.1e}"
+        for row in rows
+        # a NaN is not within the limit either
+        if row["difference"] is not None
+        and not row["difference"] <= ALLOWED_DIFFERENCE[row["dtype"]]
+    ]

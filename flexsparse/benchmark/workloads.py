@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import importlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,11 +12,11 @@ from torch import Tensor
 
 from flexsparse.expr import Mask
 from flexsparse.heads import PerHead, per_head
+from flexsparse.lower import MaskMod
 from flexsparse.masks import block_sparse, causal, neighborhood, same_document, sink, window
 
 K = 1024
 BLOCK = 128
-FORWARD, BOTH = ("forward",), ("forward", "forward+backward")
 STREAMING = causal & (sink(64) | window(256))
 SPARSITIES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 
@@ -43,108 +44,79 @@ class Workload:
 
     preset: the preset it belongs to
     name: in words
-    mask: makes the mask of a number of heads on a device
+    mask: of all heads, or one for each
     q_len, kv_len: in tokens; the last query stands at the last key
-    is_causal: whether dense attention beside it is causal
     x_axis, x: its place in a picture
+    is_causal: whether dense attention beside it is causal
     passes: of "forward" and "forward+backward"
     window: keys seen, if it is causal with a window and nothing else
     documents: tokens of each document, if it is causal in packed documents and nothing else
-    gym: makes attention-gym's mask_mod for it on a device; it raises ImportError without the package
+    gym: attention-gym's mask_mod, if it has the mask and is installed
     """
 
     preset: str
     name: str
-    mask: Callable[[int, torch.device], Mask | PerHead]
+    mask: Mask | PerHead
     q_len: int
     kv_len: int
-    is_causal: bool
     x_axis: str
     x: float
-    passes: tuple[str, ...] = BOTH
+    is_causal: bool = False
+    passes: tuple[str, ...] = ("forward", "forward+backward")
     window: int | None = None
     documents: tuple[int, ...] | None = None
-    gym: Callable[[torch.device], Callable[..., Tensor]] | None = None
+    gym: MaskMod | None = None
 
 
-def duo(lengths: Sequence[int]) -> list[Workload]:
+def duo(lengths: Sequence[int], n_heads: int) -> list[Workload]:
     """Half of the heads causal, half streaming (Block-Sparse-Attention's hybrid masks, Duo)."""
-
-    def mask(n_heads: int, device: torch.device) -> PerHead:
-        return per_head([causal] * (n_heads // 2) + [STREAMING] * (n_heads - n_heads // 2))
-
-    name = "half of the heads causal, half causal & (sink(64) | window(256))"
-    return [Workload("duo", name, mask, n, n, True, "tokens", n) for n in lengths]
+    mask = per_head([causal] * (n_heads // 2) + [STREAMING] * (n_heads - n_heads // 2))
+    name = f"half of the heads causal, half {STREAMING}"
+    return [Workload("duo", name, mask, n, n, "tokens", n, is_causal=True) for n in lengths]
 
 
-def bsa(length: int, sparsities: Sequence[float]) -> list[Workload]:
-    """Random causal blocks, the same for all heads (Block-Sparse-Attention's block-sparse masks)."""
-    return [
-        Workload(
-            "bsa",
-            f"random causal blocks, {length:,} tokens",
-            lambda _, device, s=sparsity: causal & block_sparse(_blocks(length, s, True).to(device)),
-            length,
-            length,
-            True,
-            "sparsity",
-            sparsity,
+def bsa(length: int, sparsities: Sequence[float], device: torch.device) -> list[Workload]:
+    """Random causal blocks, the same for all heads (Block-Sparse-Attention's blocksparse)."""
+    name = f"random causal blocks, {length:,} tokens"
+    found = []
+    for sparsity in sparsities:
+        mask = causal & block_sparse(_blocks(length, sparsity, is_causal=True).to(device))
+        found.append(
+            Workload("bsa", name, mask, length, length, "sparsity", sparsity, is_causal=True)
         )
-        for sparsity in sparsities
-    ]
+    return found
 
 
 def swa(lengths: Sequence[int], size: int = 1024) -> list[Workload]:
     """A sliding window."""
-
-    def gym(_: torch.device) -> Callable[..., Tensor]:
-        from attn_gym.masks import generate_sliding_window
-
-        return generate_sliding_window(size - 1)  # type: ignore[no-any-return]
-
-    return [
-        Workload(
-            "swa",
-            f"causal & window({size})",
-            lambda *_: causal & window(size),
-            n,
-            n,
-            True,
-            "tokens",
-            n,
-            window=size,
-            gym=gym,
-        )
-        for n in lengths
-    ]
+    mask = causal & window(size)
+    options: dict[str, Any] = {
+        "is_causal": True,
+        "window": size,
+        "gym": _gym("generate_sliding_window", size - 1),  # they do not count the query's own
+    }
+    return [Workload("swa", str(mask), mask, n, n, "tokens", n, **options) for n in lengths]
 
 
-def documents(lengths: Sequence[int]) -> list[Workload]:
+def documents(lengths: Sequence[int], device: torch.device) -> list[Workload]:
     """Packed documents of 256 to 2,048 tokens, causal inside."""
     found = []
     for n in lengths:
         sizes = _document_lengths(n)
+        ends = torch.tensor([0, *sizes]).cumsum(0).int()
         ids = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
-
-        def gym(device: torch.device, ends: Any = (0, *sizes)) -> Callable[..., Tensor]:
-            from attn_gym.masks import causal_mask
-            from attn_gym.masks.document_mask import generate_doc_mask_mod
-
-            offsets = torch.tensor(ends, device=device).cumsum(0).int()
-            return generate_doc_mask_mod(causal_mask, offsets)  # type: ignore[no-any-return]
-
         found.append(
             Workload(
                 "documents",
                 "packed documents of 256 to 2,048 tokens, causal",
-                lambda _, device, ids=ids: same_document(ids.to(device)) & causal,
+                same_document(ids.to(device)) & causal,
                 n,
                 n,
-                True,
                 "tokens",
                 n,
+                is_causal=True,
                 documents=sizes,
-                gym=gym,
+                gym=_gym("generate_packed_causal_doc_mask_mod", ends.to(device)),
             )
         )
     return found
@@ -153,37 +125,20 @@ def documents(lengths: Sequence[int]) -> list[Workload]:
 def natten(sides: Sequence[int], kernel: int = 13) -> list[Workload]:
     """A 2-D neighbourhood: tokens row by row, and stored in tiles of 8 x 16."""
     found = []
-    for side in sides:
-        n, both = side * side, (side, side)
-
-        def gym(_: torch.device, side: int = side) -> Callable[..., Tensor]:
-            from attn_gym.masks import generate_natten
-
-            return generate_natten(side, side, kernel, kernel)  # type: ignore[no-any-return]
-
-        for name, tile in (("row by row", None), ("in tiles of 8 x 16", (8, 16))):
-            found.append(
-                Workload(
-                    "natten",
-                    f"neighbourhood of {kernel} x {kernel}, {name}",
-                    lambda *_, both=both, tile=tile: neighborhood(both, kernel, tile=tile),
-                    n,
-                    n,
-                    False,
-                    "tokens",
-                    n,
-                    gym=gym if tile is None else None,
-                )
-            )
+    for name, tile in (("row by row", None), ("in tiles of 8 x 16", (8, 16))):
+        for side in sides:
+            n, shape = side * side, (side, side)
+            mask = neighborhood(shape, kernel, tile=tile)
+            gym = _gym("generate_natten", *shape, kernel, kernel) if tile is None else None
+            name_of = f"neighbourhood of {kernel} x {kernel}, {name}"
+            found.append(Workload("natten", name_of, mask, n, n, "tokens", n, gym=gym))
     return found
 
 
 def decode(lengths: Sequence[int]) -> list[Workload]:
     """One query at the end of a cache, streaming and in a window of 4,096."""
     return [
-        Workload(
-            "decode", str(mask), lambda *_, mask=mask: mask, 1, n, False, "keys", n, passes=FORWARD
-        )
+        Workload("decode", str(mask), mask, 1, n, "keys", n, passes=("forward",))
         for mask in (STREAMING, causal & window(4096))
         for n in lengths
     ]
@@ -191,41 +146,22 @@ def decode(lengths: Sequence[int]) -> list[Workload]:
 
 def prefill(lengths: Sequence[int], chunk: int = 1024) -> list[Workload]:
     """The last chunk of a prompt that is read in chunks."""
+    name = f"{STREAMING}, {chunk:,} queries"
     return [
-        Workload(
-            "prefill",
-            f"{STREAMING}, {chunk:,} queries",
-            lambda *_: STREAMING,
-            chunk,
-            n,
-            False,
-            "keys",
-            n,
-            passes=FORWARD,
-        )
+        Workload("prefill", name, STREAMING, chunk, n, "keys", n, passes=("forward",))
         for n in lengths
     ]
 
 
-def efficiency(length: int) -> list[Workload]:
+def efficiency(length: int, device: torch.device) -> list[Workload]:
     """Three masks beside dense attention without a mask: what part of the ideal is reached."""
-    masks: dict[str, Callable[[torch.device], Mask]] = {
-        str(STREAMING): lambda _: STREAMING,
-        "causal & window(1024)": lambda _: causal & window(1024),
-        "random blocks of 10 %": lambda device: block_sparse(_blocks(length, 0.9).to(device)),
+    masks = {
+        str(STREAMING): STREAMING,
+        "causal & window(1024)": causal & window(1024),
+        "random blocks, a tenth of all": block_sparse(_blocks(length, 0.9).to(device)),
     }
     return [
-        Workload(
-            "efficiency",
-            name,
-            lambda _, device, mask=mask: mask(device),
-            length,
-            length,
-            False,
-            "tokens",
-            length,
-            passes=FORWARD,
-        )
+        Workload("efficiency", name, mask, length, length, "tokens", length, passes=("forward",))
         for name, mask in masks.items()
     ]
 
@@ -234,26 +170,36 @@ PRESETS = ("duo", "bsa", "swa", "documents", "natten", "decode", "prefill", "eff
 
 
 def workloads(
-    preset: str, device: torch.device, *, quick: bool, lengths: Sequence[int] = ()
+    preset: str,
+    device: torch.device,
+    n_heads: int,
+    *,
+    quick: bool = False,
+    lengths: Sequence[int] = (),
 ) -> list[Workload]:
     """The workloads of a preset; lengths are its usual ones unless they are given."""
     on_gpu = device.type == "cuda"
     longest = (16 if quick else 128) * K if on_gpu else (4 if quick else 16) * K
     usual = lengths or [n * K for n in (2, 4, 8, 16, 32, 64, 128) if n * K <= longest]
+    if preset == "duo":
+        return duo(usual, n_heads)
     if preset == "bsa":
+        at = lengths or ([8 * K, 64 * K] if on_gpu and not quick else [longest // 2])
         sparsities = (0.5, 0.9) if quick else SPARSITIES
-        at = lengths or (([8 * K] if quick else [8 * K, 64 * K]) if on_gpu else [longest // 2])
-        return [workload for n in at for workload in bsa(n, sparsities)]
+        return [workload for n in at for workload in bsa(n, sparsities, device)]
+    if preset == "swa":
+        return swa(usual)
+    if preset == "documents":
+        return documents(usual, device)
     if preset == "natten":
-        sides = [round(n**0.5) for n in lengths] or [n for n in (48, 64, 128, 256) if n * n <= longest]
-        return natten(sides)
+        sides = [round(n**0.5) for n in lengths] or [48, 64, 128, 256]
+        return natten([side for side in sides if lengths or side * side <= longest])
     if preset == "decode":
-        return decode(lengths or [n * K for n in (4, 16, 64, 256) if n * K <= 16 * longest])
+        usual = [n * K for n in (4, 16, 64, 256, 1024) if n <= 16 * longest // K]
+        return decode(lengths or usual)
     if preset == "prefill":
         return prefill(usual)
-    if preset == "efficiency":
-        return [workload for n in lengths or [8 * K] for workload in efficiency(n)]
-    return {"duo": duo, "swa": swa, "documents": documents}[preset](usual)
+    return [workload for n in lengths or [8 * K] for workload in efficiency(n, device)]
 
 
 def _blocks(length: int, sparsity: float, is_causal: bool = False) -> Tensor:
@@ -273,3 +219,12 @@ def _document_lengths(length: int) -> tuple[int, ...]:
     ends = torch.randint(256, 2048, (length // 256 + 1,), generator=generator).cumsum(0)
     ends = torch.cat([ends[ends < length], torch.tensor([length])])
     return tuple(torch.diff(ends, prepend=torch.tensor([0])).tolist())
+
+
+def _gym(name: str, *arguments: Any) -> MaskMod | None:
+    """A mask_mod of attention-gym, or None if it is not installed or has no such mask."""
+    try:
+        mod: MaskMod = getattr(importlib.import_module("attn_gym.masks"), name)(*arguments)
+    except (ImportError, AttributeError):
+        return None
+    return mod

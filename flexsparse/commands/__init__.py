@@ -1,4 +1,4 @@
-"""The command line: `flexsparse show`, `run`, `demo`, `eval` and `search`."""
+"""The command line: `flexsparse show`, `run`, `demo`, `bench`, `eval` and `search`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from flexsparse.commands import demo, eval, run, search, show
+from flexsparse.commands import bench, demo, eval, run, search, show
 from flexsparse.commands.arguments import CommandError
 from flexsparse.errors import ExecutorError, MaskError
 
@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Compile sparse attention masks, look at them, and run them.",
     )
     commands = parser.add_subparsers(required=True, metavar="command")
-    for command in (show, run, demo, eval, search):
+    for command in (show, run, demo, bench, eval, search):
         command.add_to(commands)
     args = parser.parse_args(argv)
     try:

@@ -38,7 +38,8 @@ from flexsparse.fidelity import (
 from flexsparse.plan import SparsePlan, masks_at
 from flexsparse.report import shorten, table
 
-RECALL_ROWS, RECALL_PAIRS, RECALL_LENGTH = 4, 16, 512
+DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
+RECALL_ROWS, RECALL_PAIRS = 2, 8
 
 
 class Candidate(NamedTuple):
@@ -127,7 +128,7 @@ def evaluate(args: argparse.Namespace) -> int:
         for candidate in candidates:
             print(*_head_table(model, config, candidate, ids[:1]), sep="\n", flush=True)
     if args.probes:
-        print(*_probe_table(model, tokenizer, candidates, text, args.len), sep="\n", flush=True)
+        print(*_probe_table(model, tokenizer, candidates, text, ids), sep="\n", flush=True)
     if args.figure:
         title = f"{ids.shape[0]} x {ids.shape[1]:,} tokens, layers {', '.join(map(str, layers))}"
         draw_perplexity(points[1:], points[0], title).savefig(args.figure)
@@ -226,32 +227,23 @@ def _head_table(model: Any, config: Any, candidate: Candidate, ids: Tensor) -> l
 
 
 def _probe_table(
-    model: Any,
-    tokenizer: Any,
-    candidates: Sequence[Candidate],
-    text: str,
-    length: int,
+    model: Any, tokenizer: Any, candidates: Sequence[Candidate], text: str, ids: Tensor
 ) -> list[str]:
     """How likely the model is to find a needle, by its depth, and to recall pairs."""
-    depths = (0.1, 0.3, 0.5, 0.7, 0.9)
-    words = torch.arange(1000, min(9000, model.config.get_text_config().vocab_size))
-    half = len(words) // 2
-    ids, asked = recall_sequences(
-        RECALL_ROWS,
-        min(length, RECALL_LENGTH),
-        RECALL_PAIRS,
-        words[:half],
-        words[half:],
-        generator=torch.Generator().manual_seed(0),
-    )
-    rows: list[tuple[str, ...]] = [("", *(f"needle at {depth:.0%}" for depth in depths), "recall")]
+    length = ids.shape[1]
+    generator = torch.Generator().manual_seed(0)
+    words = ids.unique()
+    words = words[torch.randperm(len(words), generator=generator)]
+    keys, values = words.chunk(2)
+    pairs = recall_sequences(RECALL_ROWS, length, RECALL_PAIRS, keys, values, generator=generator)
+    rows: list[tuple[str, ...]] = [("", *(f"needle at {depth:.0%}" for depth in DEPTHS), "recall")]
     for name, plan in (("dense", None), *((x.name, x.plan) for x in candidates)):
-        found = needle_in_a_haystack(model, tokenizer, text, length, depths, plan)
-        recall = associative_recall(model, ids, asked, plan)
+        found = needle_in_a_haystack(model, tokenizer, text, length, DEPTHS, plan)
+        recall = associative_recall(model, *pairs, plan)
         rows.append((shorten(name, 48), *(f"{p:.1%}" for p in found.tolist()), f"{recall:.1%}"))
     return [
         "",
-        f"Probability of the right tokens: a number that stands in {length:,} tokens at a depth, "
-        f"and {RECALL_PAIRS} pairs in {ids.shape[1]:,}.",
+        f"In {length:,} tokens, the probability of a number that stands at a depth, and of "
+        f"{RECALL_PAIRS} words that followed others:",
         *table(rows),
     ]

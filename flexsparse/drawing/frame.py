@@ -16,6 +16,7 @@ from flexsparse.drawing.words import tokens
 
 BARS = 0.2  # the width of the bars of work and the gap before them, as a part of that of the cells
 GAP = 0.035
+NARROW = 2  # inches; a narrower panel has no numbers in the middle
 LINES_UP_TO = 32  # cells in a row between which lines are drawn
 
 
@@ -109,7 +110,9 @@ class Frame(NamedTuple):
     def axes(self, sides: Sides) -> None:
         """Tokens at the left and the bottom, blocks at the top and the right."""
         q_block, kv_block = self.grid.block_size
-        x_ticks, y_ticks = _ticks(self.grid.kv_len, kv_block), _ticks(self.grid.q_len, q_block)
+        most = 2 if self.width < NARROW else 3
+        x_ticks = _ticks(self.grid.kv_len, kv_block, most)
+        y_ticks = _ticks(self.grid.q_len, q_block, most)
         across = ("left", "center", "right")[:: 4 - len(x_ticks)]
         down = ("top", "center", "bottom")[:: 4 - len(y_ticks)]
         below, right = self.y + self.height, self.x + self.width + self.room
@@ -160,10 +163,10 @@ class Frame(NamedTuple):
         self.sheet.text(x, y, text, **style)
 
 
-def _ticks(length: int, block: int) -> list[int]:
+def _ticks(length: int, block: int, most: int) -> list[int]:
     """Where an axis has numbers: its ends, and the block boundary next to the middle."""
     middle = length // 2 // block * block
-    return sorted({0, middle, length})
+    return sorted({0, middle, length} if most > 2 else {0, length})
 
 
 def _named(what: str, place: int, number: str) -> str:

@@ -30,7 +30,6 @@ def draw_head_bars(sheet: Sheet, shown: Panels, x: float, y: float, width: float
             if h is not None:  # of several batch rows the first counts
                 parts = (int(panel.full.sum()) / every, int(panel.partial.sum()) / every)
                 heads.setdefault(h, parts)
-    places = sorted(heads)
     highest = max(sum(parts) for parts in heads.values())
     left, top, high = x + 0.42, y + 0.24, 0.5
     step = min((width - 0.42) / len(heads), 0.42)

@@ -136,22 +136,18 @@ def panel(found: Counted, most_pools: int) -> Panel:
     plane, blocks, row, column, counts = found
     grid = plane.grid
     pools = Pools.of(grid, most_pools)
+    full = pools.blocks_of(blocks.full)
     kept = elements = None
-    if counts is not None and row is not None and column is not None:
-        kept = pools.elements_of(blocks.full, grid) + pools.sum_of(row, column, counts)
+    if counts is None or row is None or column is None:
+        partial = pools.blocks_of(blocks.partial)
+    else:
+        partial = pools.sum_of(row, column, torch.ones_like(row))
+        kept = pools.elements_of(blocks.full, grid, full) + pools.sum_of(row, column, counts)
     if plane.is_short:
         elements = plane.elements((0, grid.rows), (0, grid.columns))
+    work = torch.stack([_per_row(x, grid.rows) for x in blocks])
     return Panel(
-        plane.name,
-        plane.who,
-        plane.owners,
-        grid,
-        pools,
-        pools.blocks_of(blocks.partial),
-        pools.blocks_of(blocks.full),
-        torch.stack([_per_row(x, grid.rows) for x in blocks]),
-        kept,
-        elements,
+        plane.name, plane.who, plane.owners, grid, pools, partial, full, work, kept, elements
     )
 
 

@@ -62,12 +62,18 @@ class Pools(NamedTuple):
         """int64[rows, columns]: the blocks of each pool that disjoint rectangles cover."""
         return _covered(rectangles, self.row_edges, self.column_edges, self.side)
 
-    def elements_of(self, rectangles: Rectangles, grid: Grid) -> Tensor:
-        """int64[rows, columns]: the elements of each pool in blocks that rectangles cover."""
+    def elements_of(self, rectangles: Rectangles, grid: Grid, blocks: Tensor) -> Tensor:
+        """int64[rows, columns]: the elements of each pool in blocks that rectangles cover.
+
+        Args:
+            rectangles: disjoint.
+            grid: lengths and block size.
+            blocks: what blocks_of says of them.
+        """
         q_block, kv_block = grid.block_size
         row1, column1 = rectangles.row1 * q_block, rectangles.column1 * kv_block
         if not bool((row1 > grid.q_len).any() | (column1 > grid.kv_len).any()):
-            return self.blocks_of(rectangles) * (q_block * kv_block)
+            return blocks * (q_block * kv_block)
         tokens = Rectangles(
             rectangles.plane,
             rectangles.row0 * q_block,

@@ -133,7 +133,8 @@ def _pairs(classes: BlockClasses) -> int:
     """Pairs of a query and a key in computed blocks."""
     grid = classes.grid
     whole = Pools.of(grid, 1)
-    return int(sum(whole.elements_of(x, grid) for x in (classes.partial, classes.full)))
+    parts = (classes.partial, classes.full)
+    return sum(int(whole.elements_of(x, grid, whole.blocks_of(x))) for x in parts)
 
 
 def _keys_seen(classes: BlockClasses) -> int:

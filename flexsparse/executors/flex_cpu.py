@@ -100,23 +100,25 @@ def compile_graph(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callabl
 
     settings = {**config.unsafe_marked_cacheable_functions, **CACHE_KEY}
     with _tiled_product(), config.patch(unsafe_marked_cacheable_functions=settings):
-        return compile_fx(graph, inputs)  # type: ignore[no-any-return,arg-type]
+        compiled: Any = compile_fx(graph, inputs)
+    return compiled  # type: ignore[no-any-return]
 
 
 def _tiled_product() -> contextlib.AbstractContextManager[Any]:
     """Make inductor write our product, as long as it would write the one we know."""
     try:
-        from torch._inductor.kernel.flex.flex_cpu import CppFlexAttentionTemplate as Template
+        from torch._inductor.kernel.flex import flex_cpu
 
-        define = Template.micro_gemm_define
+        template: Any = flex_cpu.CppFlexAttentionTemplate  # type: ignore[attr-defined]
+        define: Callable[[Any, str], str] = template.micro_gemm_define
     except (ImportError, AttributeError):
         return contextlib.nullcontext()  # another torch, with its own product
 
     def define_tiled(self: Any, name: str) -> str:
-        theirs: str = define(self, f"{name}_torch")
+        theirs = define(self, f"{name}_torch")
         for function in ("micro_gemm", "micro_gemm_transpose_b"):
             if f"{name}_torch_kernel_{function}{SIGNATURE}" not in theirs:
                 return define(self, name)  # of another dtype, or another torch
         return theirs + TILED.replace("{name}", name).replace("{signature}", SIGNATURE)
 
-    return mock.patch.object(Template, "micro_gemm_define", define_tiled)
+    return mock.patch.object(template, "micro_gemm_define", define_tiled)

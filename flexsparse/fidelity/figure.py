@@ -35,45 +35,33 @@ def draw_perplexity(points: Sequence[Point], dense: Point, title: str) -> Any:
     """
     sheet = Sheet(WIDTH, HEIGHT)
     sheet.text(0.2, 0.18, title, size=9)
-    axes = sheet.axes(LEFT, TOP, WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_visible(True)
-        axes.spines[side].set_color(LINE)
-    axes.axhline(dense.perplexity, color=QUIET, linewidth=0.8, linestyle=(0, (4, 3)))
-    axes.annotate(
-        f"{dense.name}: {dense.perplexity:.2f} at {dense.density:.0%}",
-        (0, dense.perplexity),
-        xycoords=("axes fraction", "data"),
-        xytext=(4, -9),
-        textcoords="offset points",
-        size=7,
-        color=QUIET,
+    inner = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
+    axes = sheet.figure.add_axes(
+        (LEFT / WIDTH, BOTTOM / HEIGHT, inner[0] / WIDTH, inner[1] / HEIGHT)
     )
-    for point in points:
-        axes.plot(
-            point.density * 100,
-            point.perplexity,
-            "D" if point.is_plan else "o",
-            color=css(ONLY_B if point.is_plan else ONLY_A),
-            markersize=6,
-        )
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(LINE)
+    axes.tick_params(length=0, labelsize=7, labelcolor=QUIET)
+    axes.axhline(dense.perplexity, color=QUIET, linewidth=0.8, linestyle=(0, (4, 3)))
+    plans = 0
+    for point in [dense, *points]:
+        plans += point.is_plan
+        colour = QUIET if point is dense else css(ONLY_B if point.is_plan else ONLY_A)
+        at = point.density * 100, point.perplexity
+        axes.plot(*at, "D" if point.is_plan else "o", color=colour, markersize=6)
         axes.annotate(
-            point.name,
-            (point.density * 100, point.perplexity),
-            xytext=(6, 4),
+            f"{point.name}  {point.perplexity:.2f}",
+            at,
+            # plans lie below the masks that compute as much, and near each other
+            xytext=(7, -9 * plans if point.is_plan else 3),
             textcoords="offset points",
             size=7,
             color=INK,
         )
-    axes.margins(x=0.12, y=0.12)
-    axes.xaxis.set_major_locator(_ticks())
-    axes.yaxis.set_major_locator(_ticks())
+    # room for the name of the dense model at the right
+    axes.set_xlim(0, dense.density * 125)
+    axes.margins(y=0.15)
     axes.set_xlabel("blocks computed, % of all", size=8, color=QUIET)
     axes.set_ylabel("perplexity", size=8, color=QUIET)
     return sheet.figure
-
-
-def _ticks() -> Any:
-    from matplotlib.ticker import MaxNLocator
-
-    return MaxNLocator(6)

@@ -62,24 +62,21 @@ def layer_inputs(
     Raises:
         MaskError: a layer does not exist, or has no attention that a plan could change.
     """
-    from flexsparse.integrations import transformers
-
     n = model.config.get_text_config().num_hidden_layers
     for layer in layers:
         if not 0 <= layer < n:
             raise MaskError(f"Layer {layer} does not exist; the model has layers 0 to {n - 1}.")
     found: dict[int, LayerInputs] = {}
 
-    def keep(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **options: Any) -> Any:
+    def keep(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, options: Any) -> None:
         if module.layer_idx in layers and mask is not None:
             scale = options.get("scaling") or q.shape[-1] ** -0.5
-            parts = (x[0].detach().clone() for x in (q, k, v))
             own = mask.compiled(PerHead((everything,), (0,) * q.shape[1])).masks[0]
-            found[module.layer_idx] = LayerInputs(*parts, scale, options.get("softcap"), own)
-        return transformers.attention(module, q, k, v, mask, **options)
+            q, k, v = (x[0].detach().clone() for x in (q, k, v))
+            found[module.layer_idx] = LayerInputs(q, k, v, scale, options.get("softcap"), own)
 
     plan = SparsePlan([None] * n) if plan is None else plan
-    with applied(plan, model), _attention(keep), torch.no_grad():
+    with applied(plan, model), _watched(keep), torch.no_grad():
         model.base_model(input_ids=ids.to(model.device), use_cache=False)
     missing = sorted(set(layers) - set(found))
     if missing:
@@ -88,17 +85,24 @@ def layer_inputs(
 
 
 @contextlib.contextmanager
-def _attention(function: Callable[..., Any]) -> Iterator[None]:
-    """While it lasts, models with a plan run this attention function."""
+def _watched(watch: Callable[..., None]) -> Iterator[None]:
+    """While it lasts, models with a plan show their attention's inputs to `watch`."""
     from transformers import AttentionInterface
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    from flexsparse.integrations import transformers
+    from flexsparse.integrations.transformers import NAME
 
-    AttentionInterface.register(transformers.NAME, function)
+    attention = ALL_ATTENTION_FUNCTIONS[NAME]
+
+    def watched(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **options: Any) -> Any:
+        watch(module, q, k, v, mask, options)
+        return attention(module, q, k, v, mask, **options)
+
+    AttentionInterface.register(NAME, watched)
     try:
         yield
     finally:
-        transformers.register()
+        AttentionInterface.register(NAME, attention)
 
 
 @torch.no_grad()
@@ -108,7 +112,7 @@ def head_fidelity(inputs: LayerInputs, masks: Sequence[Mask]) -> HeadFidelity:
     Dense attention in chunks of queries: the weights of a layer are never there as a whole.
     """
     q = inputs.q.float()
-    n_heads, length, head_dim = q.shape
+    n_heads, length, _ = q.shape
     group_size = n_heads // inputs.k.shape[0]
     k, v = (x.float().repeat_interleave(group_size, 0) for x in (inputs.k, inputs.v))
     kv_idx = torch.arange(length, device=q.device)
@@ -118,7 +122,7 @@ def head_fidelity(inputs: LayerInputs, masks: Sequence[Mask]) -> HeadFidelity:
     kept_mass, missed = torch.zeros(2, n_heads, len(masks), device=q.device)
     size = torch.zeros(n_heads, device=q.device)
     at_once = max(1, ELEMENTS_AT_ONCE // (n_heads * length))
-    for rows in torch.arange(length, device=q.device).split(at_once):
+    for rows in torch.split(kv_idx, at_once):
         q_idx = rows[:, None]
         scores = q[:, rows] @ k.mT * inputs.scale
         if inputs.softcap is not None:

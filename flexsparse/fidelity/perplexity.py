@@ -62,14 +62,14 @@ def token_losses(
     check_length(model, ids.shape[1])
     with applied(plan, model), Progress("Reading", len(ids)) as progress:
         rows = []
-        for row in ids.split(1):
+        for row in ids[:, None]:
             rows.append(Replay(model, row.to(model.device), every=every).losses().cpu())
             progress.tick()
     return torch.stack(rows)
 
 
 def perplexity(model: Any, ids: Tensor, plan: SparsePlan | None = None) -> float:
-    """exp of the mean of `token_losses`: over how many tokens the model hesitates, so to speak."""
+    """The exponential of the mean of `token_losses`."""
     return float(token_losses(model, ids, plan).double().mean().exp())
 
 

@@ -154,6 +154,6 @@ def associative_recall(
     with applied(plan, model):
         losses = [
             Replay(model, row.to(model.device)).losses().cpu()[where[0, :-1]]
-            for row, where in zip(ids.split(1), asked.split(1), strict=True)
+            for row, where in zip(ids[:, None], asked[:, None], strict=True)
         ]
     return float(torch.cat(losses).mean().neg().exp())

@@ -41,7 +41,7 @@ class Replay:
         self.model, self.ids = model, ids
         self.layers = decoder_layers(model)
         length = ids.shape[1]
-        self.positions = torch.arange((length - 1) % every, length - 1, every, device=ids.device)
+        self.positions = torch.arange((length - 2) % every, length - 1, every, device=ids.device)
         self._kept = {start - 1 for start in starts if start} | {len(self.layers) - 1}
         self._outputs: dict[int, Any] = {}  # of the layers in _kept
         self.record()
@@ -70,7 +70,7 @@ class Replay:
         last = (self._outputs if start is None else self._run(start, {end}))[end]
         at_once = max(1, LOGITS_AT_ONCE // self.model.get_output_embeddings().weight.shape[0])
         with _handing_on(self.layers, last):
-            for at in self.positions.split(at_once):
+            for at in torch.split(self.positions, at_once):
                 yield at, self._forward(at)[0].float()
 
     def _run(self, start: int, kept: Collection[int]) -> dict[int, Any]:

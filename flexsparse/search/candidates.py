@@ -37,7 +37,5 @@ def costs_of(candidates: Sequence[Mask], config: Any, layers: Sequence[int], len
         for column, mask in enumerate(candidates):
             found[row, column] = blocks(own & mask, length)
             if not found[row, column]:
-                raise MaskError(
-                    f"The candidate {mask.name} keeps no block at all in layer {layer}."
-                )
+                raise MaskError(f"The candidate {mask.name} keeps no block in layer {layer}.")
     return found

@@ -5,7 +5,7 @@ Each gives a table float64[slots, candidates], a slot being a head of a layer; s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from flexsparse.fidelity.heads import head_fidelity, layer_inputs
 from flexsparse.fidelity.perplexity import applied
 from flexsparse.fidelity.replay import Replay
 from flexsparse.plan import SparsePlan
+from flexsparse.progress import Progress
 
 
 class Slot(NamedTuple):
@@ -27,26 +28,22 @@ class Slot(NamedTuple):
 
 
 def of_heads(
-    model: Any,
-    ids: Tensor,
-    layers: Sequence[int],
-    candidates: Sequence[Mask],
-    criterion: str,
-    tick: Callable[[], None],
+    model: Any, ids: Tensor, layers: Sequence[int], candidates: Sequence[Mask], criterion: str
 ) -> Tensor:
     """The criteria that look at a head alone, in the dense model.
 
     "mass": the attention mass lost (MInference's); "output": the error of the head's output.
     """
-    total: Tensor | float = 0.0
-    for row in ids.split(1):
-        inputs = layer_inputs(model, row, layers)
-        found = [head_fidelity(inputs[layer], candidates) for layer in layers]
-        tables = [1 - x.mass if criterion == "mass" else x.error for x in found]
-        total = total + torch.cat(tables).double()
-        tick()
-    assert isinstance(total, Tensor)
-    return total / len(ids)
+    tables = []
+    with Progress("Looking at heads", len(ids)) as progress:
+        for row in ids[:, None]:
+            inputs = layer_inputs(model, row, layers)
+            found = [head_fidelity(inputs[layer], candidates) for layer in layers]
+            tables.append(
+                torch.cat([1 - x.mass if criterion == "mass" else x.error for x in found])
+            )
+            progress.tick()
+    return torch.stack(tables).double().mean(0)
 
 
 class Measured:
@@ -63,7 +60,7 @@ class Measured:
         self.model, self.slots = model, slots
         self.config = model.config.get_text_config()
         self.starts = sorted({slot.layer for slot in slots})
-        rows = ids.to(model.device).split(1)
+        rows = ids.to(model.device)[:, None]
         with applied(None, model):
             self.replays = [Replay(model, row, self.starts, every) for row in rows]
             self.dense = [Divergence(replay) for replay in self.replays]
@@ -75,20 +72,22 @@ class Measured:
                 replay.record(self.starts[0])
             return self._mean()
 
-    def moves(
-        self, masks: Sequence[Mask], candidates: Sequence[Mask], tick: Callable[[], None]
-    ) -> Tensor:
-        """The change of the divergence if one slot of a plan gets a candidate, float64[slots, n]."""
+    def moves(self, masks: Sequence[Mask], candidates: Sequence[Mask]) -> Tensor:
+        """float64[slots, candidates]: by how much the divergence grows if one slot changes."""
         table = torch.zeros(len(self.slots), len(candidates), dtype=torch.float64)
         base = self.of(masks)
-        with applied(self._plan(masks), self.model):
+        what = f"{table.numel()} single changes of a plan"
+        with (
+            applied(self._plan(masks), self.model),
+            Progress("Measuring", table.numel(), what) as progress,
+        ):
             for i, slot in enumerate(self.slots):
                 for j, candidate in enumerate(candidates):
                     if candidate != masks[i]:
                         changed = [*masks[:i], candidate, *masks[i + 1 :]]
                         self._plan(changed).apply(self.model)
                         table[i, j] = self._mean(slot.layer) - base
-                    tick()
+                    progress.tick()
         return table
 
     def _mean(self, start: int | None = None) -> float:

@@ -45,70 +45,46 @@ def assign(losses: Tensor, costs: Tensor, budget: int) -> Assignment:
     Raises:
         MaskError: even the cheapest candidates exceed the budget.
     """
-    return fewest_changes(losses, costs, budget, None, 0)[-1]
-
-
-def fewest_changes(
-    losses: Tensor, costs: Tensor, budget: int, current: Tensor | None, most: int
-) -> list[Assignment]:
-    """`assign` with at most 1, 2, ... `most` slots that differ from `current`; `most` is last.
-
-    Without `current` there is one entry, free to change everything. Numbers of changes at which
-    the budget cannot be met are left out.
-    """
     losses, costs = losses.double().cpu(), costs.long().cpu()
-    cheapest = int(costs.min(1).values.sum())
-    if cheapest > budget:
+    cheapest = costs.argmin(1)
+    if _total(costs, cheapest) > budget:
         raise MaskError(
-            f"The cheapest candidates of all heads compute {cheapest:,} blocks together, and the "
-            f"budget is {budget:,}. Raise the density, or add cheaper candidates."
+            f"The cheapest candidates of all heads compute {int(_total(costs, cheapest)):,} blocks "
+            f"together, and the budget is {budget:,}. Raise the density, or add cheaper candidates."
         )
-    slots, n = losses.shape
-    layers = 1 if current is None else most + 1
-    unit = -(-slots * layers * (budget + 1) // LARGEST_TABLE)
-    units, room = -(-costs // unit), budget // unit
-    if unit > 1 and int(units.min(1).values.sum()) > room:
-        # rounding up alone broke the budget: every slot takes its cheapest
-        choice = costs.argmin(1)
-        return [_assignment(losses, costs, choice, _bound(losses, costs, budget))]
-    # best[changes, cost]: the smallest loss of the slots so far at exactly this many changes or
-    # fewer and this cost or less
-    best = torch.zeros(layers, room + 1, dtype=torch.float64)
-    picks = torch.zeros(slots, layers, room + 1, dtype=torch.int16)
-    for slot in range(slots):
+    unit = -(-len(losses) * (budget + 1) // LARGEST_TABLE)
+    choice = _solved(losses, -(-costs // unit), budget // unit)
+    if choice is None:  # rounding up alone broke the budget
+        choice = cheapest
+    loss = float(_total(losses, choice))
+    bound = loss if unit == 1 else min(_bound(losses, costs, budget), loss)
+    return Assignment(tuple(choice.tolist()), int(_total(costs, choice)), loss, bound)
+
+
+def _total(table: Tensor, choice: Tensor) -> Tensor:
+    return table.gather(1, choice[:, None]).sum()
+
+
+def _solved(losses: Tensor, costs: Tensor, budget: int) -> Tensor | None:
+    """int64[slots]: the best candidates, or None if none are within the budget."""
+    # best[cost]: the smallest loss of the slots so far at this cost or less
+    best = torch.zeros(budget + 1, dtype=torch.float64)
+    picks = torch.zeros(len(losses), budget + 1, dtype=torch.int16)
+    for slot, (its_losses, its_costs) in enumerate(zip(losses, costs, strict=True)):
         new = torch.full_like(best, torch.inf)
-        for place in range(n):
-            cost, loss = int(units[slot, place]), float(losses[slot, place])
-            step = int(current is not None and place != int(current[slot]))
-            if cost > room or step >= layers:
-                continue
-            old = best[: layers - step, : room + 1 - cost] + loss
-            here = new[step:, cost:]
-            better = old < here
-            here.copy_(torch.where(better, old, here))
-            pick = picks[slot, step:, cost:]
-            pick.copy_(torch.where(better, place, pick))
+        for place, cost in enumerate(its_costs.tolist()):
+            old = best[: max(budget + 1 - cost, 0)] + its_losses[place]
+            better = old < new[cost:]
+            new[cost:][better] = old[better]
+            picks[slot, cost:][better] = place
         best = new
-    found = []
-    for changes in range(min(1, layers - 1), layers):
-        if torch.isinf(best[changes, room]):
-            continue
-        choice = torch.empty(slots, dtype=torch.int64)
-        left, cost = changes, room
-        for slot in reversed(range(slots)):
-            place = int(picks[slot, left, cost])
-            choice[slot] = place
-            cost -= int(units[slot, place])
-            left -= int(current is not None and place != int(current[slot]))
-        bound = float(best[changes, room]) if unit == 1 else _bound(losses, costs, budget)
-        found.append(_assignment(losses, costs, choice, bound))
-    return found
-
-
-def _assignment(losses: Tensor, costs: Tensor, choice: Tensor, bound: float) -> Assignment:
-    rows = torch.arange(len(choice))
-    cost, loss = int(costs[rows, choice].sum()), float(losses[rows, choice].sum())
-    return Assignment(tuple(choice.tolist()), cost, loss, min(bound, loss))
+    if torch.isinf(best[budget]):
+        return None
+    choice = torch.empty(len(losses), dtype=torch.int64)
+    for slot in reversed(range(len(losses))):
+        choice[slot] = picks[slot, budget]
+        budget -= int(costs[slot, choice[slot]])
+    return choice
 
 
 def _bound(losses: Tensor, costs: Tensor, budget: int) -> float:

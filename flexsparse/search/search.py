@@ -14,10 +14,9 @@ from flexsparse.expr import Mask
 from flexsparse.fidelity.density import BLOCK, full_layers
 from flexsparse.fidelity.perplexity import check_length
 from flexsparse.plan import SparsePlan
-from flexsparse.progress import Progress
 from flexsparse.search.candidates import candidates_for, costs_of
 from flexsparse.search.criteria import Measured, Slot, of_heads, plan_of
-from flexsparse.search.knapsack import Assignment, assign, fewest_changes
+from flexsparse.search.knapsack import Assignment, assign
 
 CRITERIA = ("mass", "output", "ablation", "divergence")
 
@@ -27,8 +26,8 @@ class Found:
     """What a search found.
 
     plan: for the model
-    assignment: the candidate of each slot, with its cost in blocks, its loss by the criterion as
-        predicted from single heads, and the bound of that
+    assignment: the candidate of each slot, with its cost in blocks, and its loss by the criterion
+        and the bound of that: for "divergence", what the changes of the last round promised
     budget: in blocks
     of_all: all blocks of the slots, those above the diagonal included
     history: (blocks, divergence) of the plan of each round; empty if the model was not run again
@@ -50,8 +49,8 @@ class Found:
         lines = [
             str(self.plan),
             f"{cost:,} of {self.of_all:,} blocks ({self.density:.2%}), within {self.budget:,}.",
-            f"Loss of the heads, added up: {loss:.4g}; no assignment within the budget has less "
-            f"than {bound:.4g}.",
+            f"Loss by the criterion, added up over heads: {loss:.4g}; no assignment within the "
+            f"budget has less than {bound:.4g}.",
         ]
         if self.history:
             lines.append("Divergence from the dense model, measured, round by round:")
@@ -107,65 +106,56 @@ def search(
     costs = costs_of(candidates, config, layers, length).repeat_interleave(n_heads, 0)
     of_all = len(slots) * (-(-length // BLOCK)) ** 2
     budget = int(density * of_all)
-    cheapest = assign(costs.double(), costs, budget)  # raises where nothing fits
-    del cheapest
+    assign(costs.double(), costs, budget)  # refuses what nothing fits, before anything runs
 
-    if criterion in ("mass", "output"):
-        with Progress("Looking at heads", len(ids)) as progress:
-            losses = of_heads(model, ids, layers, candidates, criterion, progress.tick)
-        found = assign(losses, costs, budget)
-        return Found(
-            plan_of(config, slots, [candidates[i] for i in found.choice]), found, budget, of_all
-        )
-    measured = Measured(model, ids, slots, every)
-    work = len(slots) * len(candidates)
-    if criterion == "ablation":
-        with Progress("Changing single heads", work) as progress:
-            everything = [candidates[int(i)] for i in costs.argmax(1)]
-            losses = measured.moves(everything, candidates, progress.tick)
-        found = assign(losses, costs, budget)
-        return Found(
-            plan_of(config, slots, [candidates[i] for i in found.choice]), found, budget, of_all
-        )
-    return _refined(measured, candidates, costs, budget, of_all, rounds)
+    if criterion == "divergence":
+        measured = Measured(model, ids, slots, every)
+        found, history = _refined(measured, candidates, costs, budget, rounds)
+    else:
+        if criterion == "ablation":
+            everything = [candidates[i] for i in costs.argmax(1)]
+            losses = Measured(model, ids, slots, every).moves(everything, candidates)
+        else:
+            losses = of_heads(model, ids, layers, candidates, criterion)
+        found, history = assign(losses, costs, budget), []
+    masks = [candidates[i] for i in found.choice]
+    return Found(plan_of(config, slots, masks), found, budget, of_all, tuple(history))
 
 
 def _refined(
-    measured: Measured,
-    candidates: Sequence[Mask],
-    costs: Tensor,
-    budget: int,
-    of_all: int,
-    rounds: int,
-) -> Found:
-    """Measure every single change of a plan, solve for the best of them together, and repeat."""
-    slots = len(costs)
+    measured: Measured, candidates: Sequence[Mask], costs: Tensor, budget: int, rounds: int
+) -> tuple[Assignment, list[tuple[int, float]]]:
+    """Measure every single change of a plan, solve for the best of them together, and repeat.
+
+    Returns:
+        the last assignment, and (blocks, divergence) of the first one and of each that was better
+    """
     current = _uniform(costs, budget)
-    masks = [candidates[i] for i in current]
-    divergence = measured.of(masks)
-    history = [(int(costs[torch.arange(slots), current].sum()), divergence)]
-    found = Assignment(tuple(current.tolist()), history[0][0], 0.0, 0.0)
-    with Progress("Searching", rounds * slots * len(candidates)) as progress:
-        for _ in range(rounds):
-            table = measured.moves(masks, candidates, progress.tick)
-            options = fewest_changes(table, costs, budget, current, slots)
-            # changes do not quite add up; where many together do not help, fewer are tried
-            better = None
-            while options and better is None:
-                option = options[-1]
-                value = measured.of([candidates[i] for i in option.choice])
-                if value < divergence:
-                    better = option
-                    divergence = value
-                options = options[: len(options) // 2]
-            if better is None:
+    rows = torch.arange(len(costs))
+    divergence = measured.of([candidates[i] for i in current])
+    cost = int(costs[rows, current].sum())
+    found, history = Assignment(tuple(current.tolist()), cost, 0.0, 0.0), [(cost, divergence)]
+    for _ in range(rounds):
+        table = measured.moves([candidates[i] for i in current], candidates)
+        best = assign(table, costs, budget)
+        is_change = torch.ones_like(table).scatter_(1, current[:, None], 0)
+        option, price, value = best, 0.0, divergence
+        # Changes do not quite add up. Where those together do not help, only those are made that
+        # promise more.
+        while (new := torch.tensor(option.choice)).ne(current).any():
+            value = measured.of([candidates[i] for i in new])
+            if value < divergence:
                 break
-            found, current = better, torch.tensor(better.choice)
-            masks = [candidates[i] for i in better.choice]
-            history.append((better.cost, divergence))
-    return Found(
-        plan_of(measured.config, measured.slots, masks), found, budget, of_all, tuple(history)
-    )
+            promised = -float(table[rows, new].sum()) / int(new.ne(current).sum())
+            price = max(2 * price, promised, torch.finfo(torch.float64).tiny)
+            option = assign(table + price * is_change, costs, budget)
+        if value >= divergence:
+            break
+        current, divergence = new, value
+        loss = float(table[rows, current].sum())
+        found = Assignment(option.choice, option.cost, loss, best.bound)
+        history.append((found.cost, divergence))
+    return found, history
 
 
 def _uniform(costs: Tensor, budget: int) -> Tensor:

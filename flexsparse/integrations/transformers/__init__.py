@@ -52,15 +52,15 @@ def apply(plan: SparsePlan, model: Any) -> None:
     reason = plan.problem(model.config)
     if reason is not None:
         raise MaskError(reason)
-    _switch(model)
     layers = _attention_layers(model)
     for i, layer in enumerate(plan.layers):
-        if i in layers:
-            fixed = layer is not None and not reads_length(layer)
-            setattr(layers[i], HEADS, masks_at(layer, ANY_LENGTH) if fixed else layer)
-        elif layer is not None:
-            remove(model)
+        if layer is not None and layers and i not in layers:
             raise MaskError(f"Layer {i} of {type(model).__name__} has no attention: give it None.")
+    _switch(model, layers)
+    for i, module in layers.items():
+        layer = plan.layers[i]
+        fixed = layer is not None and not reads_length(layer)
+        setattr(module, HEADS, masks_at(layer, ANY_LENGTH) if fixed else layer)
 
 
 def remove(model: Any) -> None:
@@ -75,19 +75,19 @@ def remove(model: Any) -> None:
 
 
 def _attention_layers(model: Any) -> dict[int, nn.Module]:
-    """The attention of each layer of the decoder that has one."""
+    """The attention of each layer of the decoder that has one of the usual kind."""
     decoder = model.config.get_text_config()
     return {
         module.layer_idx: module
         for module in model.modules()
-        if hasattr(module, "layer_idx")
+        if getattr(module, "layer_idx", None) in range(decoder.num_hidden_layers)
         and hasattr(module, "is_causal")
         # a vision tower counts its layers too
         and getattr(module, "config", None) is decoder
     }
 
 
-def _switch(model: Any) -> None:
+def _switch(model: Any, layers: dict[int, nn.Module]) -> None:
     """Set the implementation of the model's decoder, and remember what it was."""
     config, decoder = model.config, model.config.get_text_config()
     parts = {key: getattr(config, key, None) for key in config.sub_configs}
@@ -95,7 +95,7 @@ def _switch(model: Any) -> None:
     before[""] = config._attn_implementation
     mine = [key for key, part in parts.items() if part is decoder]
     model.set_attn_implementation({**before, (mine or [""])[0]: NAME})
-    if decoder._attn_implementation != NAME:
+    if not layers or decoder._attn_implementation != NAME:
         model.set_attn_implementation(before)
         raise MaskError(
             f"The attention of {type(model).__name__} cannot be swapped: its code does not go "

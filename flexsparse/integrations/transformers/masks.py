@@ -42,6 +42,8 @@ class ModelMask(BlockMask):
     def __repr__(self) -> str:
         return f"{type(self).__name__}{self.shape}"
 
+    __str__ = __repr__
+
 
 class BlocksMask(ModelMask):
     """What a model hides from many queries, to be compiled with the masks of a layer."""
@@ -66,11 +68,17 @@ class BlocksMask(ModelMask):
             device: of the queries.
         """
         super().__init__(*shape, kv_offset + shape[2])
-        self.q_offset = int(q_offset)
+        self.q_offset, self.device = int(q_offset), device
         self.rules = rules.of(mask_mod, padding, shape[1:], self.q_offset, kv_offset, device)
 
-    def compiled(self, masks: PerHead, device: torch.device) -> CompiledMask:
-        """The masks of a layer's heads and the model's own; the same ones are compiled once."""
+    def compiled(self, masks: PerHead, device: torch.device | None = None) -> CompiledMask:
+        """The masks of a layer's heads and the model's own; the same ones are compiled once.
+
+        Args:
+            masks: of the layer's heads.
+            device: of the layer, by default that of the queries the mask was made for.
+        """
+        device = self.device if device is None else device
         return rules.compiled(
             self.rules, masks, self.q_len, self.kv_len, self.q_offset, self.batch, device
         )

@@ -48,7 +48,8 @@ class Rules:
 
     def and_also(self, mask: Mask) -> Mask:
         """What a pattern keeps of each sequence and the model does not hide."""
-        moved = mask.at(q_idx=self.q_place, kv_idx=self.kv_place)
+        stays = (self.q_place, self.kv_place) == (q_idx, kv_idx)
+        moved = mask if stays else mask.at(q_idx=self.q_place, kv_idx=self.kv_place)
         said = {*conjuncts(moved), everything, ALWAYS}
         terms = [term for term in conjuncts(self.own) if term not in said]
         if mask != everything:
