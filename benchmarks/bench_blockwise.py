@@ -12,12 +12,10 @@ process of its own, at a fixed count of blocks a row; the last line is causal at
 from __future__ import annotations
 
 import argparse
-import datetime
+import functools
 import json
 import pathlib
-import platform
 import resource
-import statistics
 import subprocess
 import sys
 import time
@@ -29,6 +27,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.functional import scaled_dot_product_attention
 
+from flexsparse.benchmark.harness import environment, take_turns
 from flexsparse.executors import blockwise
 
 BLOCK = 128
@@ -43,7 +42,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+")
     parser.add_argument("--kept", type=float, default=0.1, help="share of all blocks")
     parser.add_argument("--blocks", type=int, default=16, help="blocks a row, for memory")
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--budget", type=float, default=20.0, help="seconds for each pass")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--save", type=pathlib.Path)
     args = parser.parse_args()
@@ -52,18 +51,17 @@ def main() -> None:
         print(json.dumps(peak_memory(args.lengths[0], args.blocks)))
         return
     if args.what == "speed":
-        rows = [speed(n, args.kept, args.repeats) for n in args.lengths or [4096, 8192]]
+        rows = [speed(n, args.kept, args.budget) for n in args.lengths or [4096, 8192]]
     else:
         rows = memory(args.lengths or [8192, 16384, 32768, 65536], args.blocks)
-    record = {"device": cpu_name(), "threads": torch.get_num_threads(), "torch": torch.__version__}
-    record |= {"date": str(datetime.date.today()), "repeats": args.repeats, "rows": rows}
+    record = environment(torch.device("cpu")) | {"rows": rows}
     if args.save:
         args.save.write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps(record, indent=1))
 
 
-def speed(length: int, kept: float, repeats: int) -> dict[str, Any]:
-    """Medians of alternating runs, in seconds; the ratio is dense / sparse."""
+def speed(length: int, kept: float, budget: float) -> dict[str, Any]:
+    """Medians of alternating runs; the ratio is dense / sparse."""
     rows = length // BLOCK
     block_mask = random_rows(rows, [int(kept * rows) + (r % 5 == 0) for r in range(rows)])
     q, k, v = (torch.randn(1, HEADS, length, HEAD_DIM, requires_grad=True) for _ in range(3))
@@ -76,18 +74,12 @@ def speed(length: int, kept: float, repeats: int) -> dict[str, Any]:
         "blocks_kept": float(block_mask.full_kv_num_blocks.sum() / rows**2),
     }
     for phase, run in (("forward", forward), ("forward_backward", forward_backward)):
-        times: dict[str, list[float]] = {name: [] for name in attend}
-        for _ in range(repeats + 1):
-            for name, function in attend.items():
-                start = time.perf_counter()
-                run(function, q, k, v)
-                times[name].append(time.perf_counter() - start)
-        # the first turn warms up
-        median = {name: statistics.median(taken[1:]) for name, taken in times.items()}
-        result |= {f"{name}_{phase}_s": round(taken, 4) for name, taken in median.items()}
-        result[f"{phase}_ratio"] = round(median["dense"] / median["sparse"], 2)
-        # beside others on the same cores, the least time tells what the machine can do
-        result[f"{phase}_ratio_of_least"] = round(min(times["dense"]) / min(times["sparse"]), 2)
+        calls = {name: functools.partial(run, one, q, k, v) for name, one in attend.items()}
+        for call in calls.values():
+            call()
+        times = take_turns(calls, q.device, budget)
+        result |= {f"{name}_{phase}_ms": round(x.median, 2) for name, x in times.items()}
+        result[f"{phase}_ratio"] = round(times["dense"].median / times["sparse"].median, 2)
     return result
 
 
@@ -159,12 +151,6 @@ def forward_backward(attend: Attend, q: Tensor, k: Tensor, v: Tensor) -> None:
 
 def peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-def cpu_name() -> str:
-    info = pathlib.Path("/proc/cpuinfo")
-    names = [x for x in info.read_text().splitlines() if x.startswith("model name")]
-    return names[0].split(": ")[1] if names else platform.processor()
 
 
 if __name__ == "__main__":

@@ -2,22 +2,20 @@
 
     python benchmarks/bench_call.py       # writes benchmarks/results/call.json
 
-The inputs are as small as they can be, so that the kernel takes as little as it can. The two run
-alternately in one process; the figure is the difference of the medians.
+The inputs are as small as they can be, so that the kernel takes as little as it can. The two take
+turns in one process; the figure is the difference of the medians.
 """
 
 from __future__ import annotations
 
-import datetime
 import json
-import statistics
-import time
 from pathlib import Path
 
 import torch
 from torch.nn.attention.flex_attention import flex_attention
 
 from flexsparse import compile_mask
+from flexsparse.benchmark.harness import environment, take_turns
 from flexsparse.masks import causal, sink, window
 
 
@@ -32,24 +30,19 @@ def main() -> None:
 
     raw = torch.compile(attention, dynamic=True, fullgraph=True)
     calls = {"attend": lambda: attend(q, k, v), "raw": lambda: raw(q, k, v, block_mask)}
-    times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(200):
         for call in calls.values():
             call()
-    for _ in range(5000):
-        for name, call in calls.items():
-            started = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - started)
-    medians = {name: statistics.median(values) * 1e6 for name, values in times.items()}
+    device = torch.device("cpu")
+    times = take_turns(calls, device, budget=10)
+    microseconds = {name: taken.median * 1e3 for name, taken in times.items()}
     report = {
         "benchmark": "call",
         "command": "python benchmarks/bench_call.py",
-        "date": datetime.date.today().isoformat(),
-        "torch": torch.__version__,
-        "attend_us": round(medians["attend"], 1),
-        "raw_us": round(medians["raw"], 1),
-        "overhead_us": round(medians["attend"] - medians["raw"], 1),
+        **environment(device),
+        "attend_us": round(microseconds["attend"], 1),
+        "raw_us": round(microseconds["raw"], 1),
+        "overhead_us": round(microseconds["attend"] - microseconds["raw"], 1),
     }
     print(json.dumps(report, indent=1))
     results = Path(__file__).parent / "results"

@@ -25,6 +25,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 import flexsparse
 from flexsparse import PerHead, compile_mask, per_head
+from flexsparse.benchmark.harness import device_name
 from flexsparse.masks import causal, dilated, prefix, same_document, sink, window
 
 RESULTS = Path(__file__).parent / "results"
@@ -220,7 +221,7 @@ def main() -> None:
         "benchmark": "compile",
         "command": "python benchmarks/bench_compile.py" + (" --quick" if options.quick else ""),
         "date": datetime.date.today().isoformat(),
-        "device": f"{torch.get_num_threads()} threads of {processor()}",
+        "device": f"{torch.get_num_threads()} threads of {device_name(torch.device('cpu'))}",
         "torch": torch.__version__,
         "python": platform.python_version(),
         "rows": rows,
@@ -236,11 +237,6 @@ def main() -> None:
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "compile.json").write_text(json.dumps(report, indent=1) + "\n")
     plot(report)
-
-
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "a CPU")
 
 
 def plot(report: dict) -> None:

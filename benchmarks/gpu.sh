@@ -13,11 +13,12 @@ fi
 out=$(realpath -m "${OUT:-benchmarks/results}")
 mkdir -p "$out"
 
-# where pip may not write, the tree is laid out as it would be installed
+# where pip cannot, the tree is laid out as it would be installed
 if ! python -m pip install --no-deps --no-build-isolation -q -e .; then
     tree=$(mktemp -d)
-    cp -r flexsparse "$tree" && cp -r masks "$tree/flexsparse/masks"
-    export PYTHONPATH="$tree${PYTHONPATH:+:$PYTHONPATH}"
+    cp -r flexsparse tests benchmarks pyproject.toml "$tree" && cp -r masks "$tree/flexsparse/masks"
+    cd "$tree" || exit 1
+    export PYTHONPATH="$tree"
 fi
 python -c 'import torch, triton; print("torch", torch.__version__, "triton", triton.__version__)' || exit 1
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -77,7 +77,7 @@ class CompactBlockMask(BlockMask):
             counts = (is_listed & (indices < blocks)).sum(-1, dtype=torch.int32)
             return {name: indices, name.replace("indices", "num_blocks"): counts}
 
-        lists = {}
+        lists: dict[str, Any] = {}
         for name in ("kv_indices", "full_kv_indices"):
             lists |= crop(name, rows, columns)
         for name in ("q_indices", "full_q_indices"):
@@ -110,7 +110,7 @@ class CompactBlockMask(BlockMask):
 # in a tree it is a node, as those who register BlockMask make that
 pytree.register_pytree_node(
     CompactBlockMask,
-    CompactBlockMask._flatten,
+    CompactBlockMask._flatten,  # type: ignore[arg-type]
     CompactBlockMask._unflatten,  # type: ignore[arg-type]
     flatten_with_keys_fn=CompactBlockMask._flatten_with_keys,  # type: ignore[arg-type]
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -247,14 +247,14 @@ class CompiledMask:
 
     __repr__ = __str__
 
-    def plot(self) -> Figure:
+    def plot(self, **options: Any) -> Figure:
         """Draw the blocks of each distinct mask, with the work of each row and head (matplotlib).
 
-        The same as `flexsparse.draw(attend)`, which takes options.
+        The options are those of `flexsparse.draw`: labels and title.
         """
         from flexsparse.drawing import draw
 
-        return draw(self)
+        return cast("Figure", draw(self, **options))
 
     def _repr_html_(self) -> str:
         from flexsparse.drawing import html

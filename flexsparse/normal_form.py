@@ -102,7 +102,8 @@ def _terms(mask: Expr, wanted: bool) -> tuple[Term, ...] | None:
         difference = _linear(a, b)
         if difference is None:
             return None
-        below, above = _at_most(*difference, 0), _at_most(*(-x for x in difference), 0)
+        q, kv, constant = difference
+        below, above = _at_most(q, kv, constant, 0), _at_most(-q, -kv, -constant, 0)
         return None if not below or not above else _met(below[0], above[0])
     return None
 
@@ -128,7 +129,7 @@ def _linear(a: Expr, b: Expr) -> tuple[int, int, int] | None:
     sides = [_coefficients(a), _coefficients(b)]
     if sides[0] is None or sides[1] is None:
         return None
-    q, kv, constant = (x - y for x, y in zip(*sides, strict=True))  # type: ignore[arg-type]
+    q, kv, constant = (x - y for x, y in zip(*sides, strict=True))
     return q, kv, constant
 
 

@@ -78,7 +78,7 @@ class Pyramid:
         self, first: list[Tensor], last: list[Tensor], is_wide: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Bounds of the cells that are wide and of those that are not, each at their own level."""
-        shape = torch.broadcast_shapes(*(x.shape for x in (*first, *last)))
+        shape = torch.broadcast_tensors(*first, *last)[0].shape  # type: ignore[no-untyped-call]
         first, last = ([x.expand(shape) for x in ends] for ends in (first, last))
         is_wide = is_wide.expand(shape)
         results = [x.new_empty(shape) for x in map(_wide, self.levels[0])]

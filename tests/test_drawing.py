@@ -23,10 +23,10 @@ from flexsparse.classify import Grid, Rectangles, classify
 from flexsparse.drawing import Device, colours, compare, draw, html, paper, roofline, zoom
 from flexsparse.drawing.canvas import MOST_BYTES, canvas
 from flexsparse.drawing.density import kept_elements, unit_blocks
+from flexsparse.drawing.least_time import work
 from flexsparse.drawing.panels import ELEMENTS_EVALUATED, Panel, counted, panels
 from flexsparse.drawing.planes import Lengths, of_one_plane, planes
 from flexsparse.drawing.pools import Pools
-from flexsparse.drawing.roofline import work
 from flexsparse.drawing.words import percent, scaled, tokens
 from flexsparse.masks import block_sparse, causal, dilated, full, same_document, sink, window
 from flexsparse.terminal import pooled_states
@@ -75,18 +75,12 @@ def test_pools_count_every_block_and_element_once():
     for most in (1, 7, 20, 63, 200):
         pools = Pools.of(grid, most)
         assert max(pools.shape) <= most
+        blocks = pools.blocks_of(rectangles)
+        in_tokens = (pools.side[0] * 16, pools.side[1] * 32)
         for counts, whole, side in (
-            (pools.blocks_of(rectangles), painted, pools.side),
-            (
-                pools.elements_of(rectangles, grid),
-                elements,
-                (pools.side[0] * 16, pools.side[1] * 32),
-            ),
-            (
-                pools.elements(grid),
-                torch.ones_like(elements),
-                (pools.side[0] * 16, pools.side[1] * 32),
-            ),
+            (blocks, painted, pools.side),
+            (pools.elements_of(rectangles, grid, blocks), elements, in_tokens),
+            (pools.elements(grid), torch.ones_like(elements), in_tokens),
         ):
             brute = [
                 [part.sum() for part in strip.split(side[1], 1)] for strip in whole.split(side[0])
@@ -291,6 +285,13 @@ def test_lists_that_point_outside_are_an_error():
     wrong = torch.full((1, 1, 2, 2), 7, dtype=torch.int32)
     lists = [counts, wrong, None, None, None, None, None, None]
     with pytest.raises(MaskError, match="lists the key block 7, and its keys have 2 blocks"):
+        draw(BlockMask((256, 256), *lists, (128, 128), causal))
+
+
+def test_a_block_listed_as_partial_and_as_full_is_an_error():
+    counts, first = torch.ones(1, 1, 2, dtype=torch.int32), torch.zeros(1, 1, 2, 2).int()
+    lists = [counts, first, counts, first, None, None, None, None]
+    with pytest.raises(MaskError, match=r"lists the block \(0, 0\) both as partial and as full"):
         draw(BlockMask((256, 256), *lists, (128, 128), causal))
 
 
@@ -594,6 +595,12 @@ def test_html_of_what_cannot_be_drawn_says_why():
     assert "No picture: The mask reads h" in page
 
 
+def test_names_cannot_break_out_of_the_page():
+    page = html(causal.named('"><script>alert(1)</script>') & window(3))
+    assert "<script>alert" not in page
+    assert "&lt;script&gt;alert(1)" in page
+
+
 def test_per_head_shows_each_distinct_mask():
     page = html(per_head([causal, STREAMING, causal]))
     assert page.count("<canvas") == 2
@@ -635,6 +642,7 @@ def compiled(mask=causal, n=64):
         (lambda: draw(compiled(), 64), "a CompiledMask has its lengths; leave out q_len"),
         (lambda: draw(causal, 0), "draw: q_len=0; it must be an int of 1 or more"),
         (lambda: draw(causal, 64, block_size=0), "draw: block_size=0"),
+        (lambda: draw(causal, 64, block_size=1.5), "draw: block_size=1.5"),
         (lambda: draw(kv_idx < h, 64), "draw: The mask reads h.*give n_heads=..."),
         (lambda: draw(lookup(torch.arange(9), kv_idx).equals(1), 64), "read out of range"),
         (lambda: draw(causal, 8, labels=["a"]), "labels has 1 tokens and the mask 8 keys"),
@@ -689,3 +697,14 @@ print(kilobytes("VmHWM") - before)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 300_000
+
+
+def test_masks_show_themselves():
+    streaming = causal & (sink(4) | window(64))
+    heads = per_head([causal, streaming])
+    attend = compile_mask(heads, 300, 300)
+    for shown in (streaming, heads, attend):
+        page = shown._repr_html_()
+        assert "<canvas" in page or "<img" in page
+        assert "window(64)" in page.replace("&amp;", "&")
+    assert len(attend.plot(title="mine").axes) >= 2

@@ -374,8 +374,9 @@ def test_a_plan_for_another_model_is_refused(plan, message, llama):
 
 @pytest.mark.parametrize("model", [torch.nn.Linear(2, 2), None, "llama"])
 def test_what_is_no_model_of_transformers_is_refused(model):
-    with pytest.raises(MaskError, match="whose attention cannot be swapped"):
-        PLAN.apply(model)
+    for call in (PLAN.apply, PLAN.remove):
+        with pytest.raises(MaskError, match="whose attention cannot be swapped"):
+            call(model)
 
 
 def small(config, **sizes):

@@ -209,8 +209,9 @@ def _too_large(case: Case) -> str | None:
 
 def varlen_attn(case: Case) -> Prepared | str:
     """FlashAttention of torch for packed documents and windows (torch.nn.attention.varlen)."""
-    if case.device.type != "cuda":
-        return "it runs on CUDA"
+    reason = _not_cuda(case)
+    if reason is not None:
+        return reason
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -286,13 +287,19 @@ def _unpacked(out: Any, case: Case) -> Tensor:
 
 
 def _installed(module: str, case: Case, name: str) -> Callable[..., Any] | str:
-    if case.device.type != "cuda":
-        return "it runs on CUDA"
+    """A function of a package, or why it cannot be had."""
+    reason = _not_cuda(case)
+    if reason is not None:
+        return reason
     try:
         function: Callable[..., Any] = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError):
         return f"{module} is not installed"
     return function
+
+
+def _not_cuda(case: Case) -> str | None:
+    return None if case.device.type == "cuda" else "it runs on CUDA"
 
 
 def _output(out: Any) -> Tensor:

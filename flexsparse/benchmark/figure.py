@@ -14,6 +14,7 @@ LEFT, TOP, GAP_X, GAP_Y, RIGHT, BOTTOM = 0.75, 0.75, 0.85, 0.85, 2.0, 0.65
 # of backends, in the order of their first row: ours first, and colours that differ in grey too
 COLOURS = ("#cc5a0a", "#182c60", "#6f9fd8", "#7a5c9e", "#3f7f5f", "#b0a040", "#9a9a9a", "#d08090")
 MARKERS = "os^vDPX*"
+MS, RATIO = "ms", "time / fastest dense"
 
 
 def draw_rows(rows: Sequence[Row]) -> Any:
@@ -40,8 +41,8 @@ def draw_rows(rows: Sequence[Row]) -> Any:
         y = TOP + line * (PLOT_HEIGHT + GAP_Y)
         name = wrapped(f"{workload}: {direction}", 2 * PLOT_WIDTH, 8, 1)
         sheet.text(LEFT, y - 0.25, name, color=QUIET)
-        left = _axes(sheet, LEFT, y, "ms", group)
-        right = _axes(sheet, LEFT + PLOT_WIDTH + GAP_X, y, "time / fastest dense", group)
+        left = _axes(sheet, LEFT, y, MS, group)
+        right = _axes(sheet, LEFT + PLOT_WIDTH + GAP_X, y, RATIO, group)
         for backend in backends:
             ran = sorted((r for r in group if r["backend"] == backend), key=lambda r: r["x"])
             if ran:
@@ -71,21 +72,31 @@ def _title(row: Row) -> str:
 
 
 def _axes(sheet: Sheet, x: float, y: float, label: str, rows: Sequence[Row]) -> Any:
-    axes = sheet.axes(x, y, PLOT_WIDTH, PLOT_HEIGHT)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_visible(True)
-        axes.spines[side].set_color(LINE)
+    bottom = sheet.height - y - PLOT_HEIGHT
+    inches = (x / sheet.width, bottom / sheet.height)
+    axes = sheet.figure.add_axes(
+        (*inches, PLOT_WIDTH / sheet.width, PLOT_HEIGHT / sheet.height), facecolor="none"
+    )
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(LINE)
+    axes.tick_params(length=0, labelsize=7, labelcolor=QUIET)
     is_length = rows[0]["x_axis"] != "sparsity"
-    axes.set_yscale("log")
     if is_length:
         axes.set_xscale("log", base=2)
+    if is_length or label == MS:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(_ticks())
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    else:
+        # so that the ideal is a straight line; slow kernels may leave the picture
+        shown = [row["ratio_to_dense"] or 0 for row in rows if row["kind"] != "dense"]
+        axes.set_ylim(0, 1.1 * max(1, *shown))
     ticks = {row["x"]: x_text(row) for row in rows}
     if not is_length and len(ticks) > 6:
         ticks = {x: text for x, text in ticks.items() if round(x * 10) % 2 == 0}
     axes.set_xticks(list(ticks), list(ticks.values()))
     axes.minorticks_off()
-    axes.yaxis.set_major_locator(_ticks())
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.grid(color=LINE, linewidth=0.4, alpha=0.6)
     axes.set_xlabel(rows[0]["x_axis"], size=8, color=QUIET)
     axes.set_ylabel(label, size=8, color=QUIET)
@@ -137,8 +148,10 @@ def _ideal(axes: Any, rows: Sequence[Row]) -> None:
             f"break-even {where}",
             (at, 1),
             xycoords=("data", "axes fraction"),
-            xytext=(3, -9),
+            xytext=(0, 2),
             textcoords="offset points",
             size=7,
             color=COLOURS[0],
+            ha="center",
+            va="bottom",
         )

@@ -71,7 +71,7 @@ class Workload:
 def duo(lengths: Sequence[int], n_heads: int) -> list[Workload]:
     """Half of the heads causal, half streaming (Block-Sparse-Attention's hybrid masks, Duo)."""
     mask = per_head([causal] * (n_heads // 2) + [STREAMING] * (n_heads - n_heads // 2))
-    name = f"half of the heads causal, half {STREAMING}"
+    name = f"half of the heads causal, half {STREAMING.name}"
     return [Workload("duo", name, mask, n, n, "tokens", n, is_causal=True) for n in lengths]
 
 
@@ -95,7 +95,7 @@ def swa(lengths: Sequence[int], size: int = 1024) -> list[Workload]:
         "window": size,
         "gym": _gym("generate_sliding_window", size - 1),  # they do not count the query's own
     }
-    return [Workload("swa", str(mask), mask, n, n, "tokens", n, **options) for n in lengths]
+    return [Workload("swa", mask.name, mask, n, n, "tokens", n, **options) for n in lengths]
 
 
 def documents(lengths: Sequence[int], device: torch.device) -> list[Workload]:
@@ -138,7 +138,7 @@ def natten(sides: Sequence[int], kernel: int = 13) -> list[Workload]:
 def decode(lengths: Sequence[int]) -> list[Workload]:
     """One query at the end of a cache, streaming and in a window of 4,096."""
     return [
-        Workload("decode", str(mask), mask, 1, n, "keys", n, passes=("forward",))
+        Workload("decode", mask.name, mask, 1, n, "keys", n, passes=("forward",))
         for mask in (STREAMING, causal & window(4096))
         for n in lengths
     ]
@@ -146,7 +146,7 @@ def decode(lengths: Sequence[int]) -> list[Workload]:
 
 def prefill(lengths: Sequence[int], chunk: int = 1024) -> list[Workload]:
     """The last chunk of a prompt that is read in chunks."""
-    name = f"{STREAMING}, {chunk:,} queries"
+    name = f"{STREAMING.name}, {chunk:,} queries"
     return [
         Workload("prefill", name, STREAMING, chunk, n, "keys", n, passes=("forward",))
         for n in lengths
@@ -155,9 +155,10 @@ def prefill(lengths: Sequence[int], chunk: int = 1024) -> list[Workload]:
 
 def efficiency(length: int, device: torch.device) -> list[Workload]:
     """Three masks beside dense attention without a mask: what part of the ideal is reached."""
+    windowed = causal & window(1024)
     masks = {
-        str(STREAMING): STREAMING,
-        "causal & window(1024)": causal & window(1024),
+        STREAMING.name: STREAMING,
+        windowed.name: windowed,
         "random blocks, a tenth of all": block_sparse(_blocks(length, 0.9).to(device)),
     }
     return [

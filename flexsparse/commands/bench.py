@@ -62,6 +62,11 @@ def run(args: argparse.Namespace) -> int:
     presets = PRESETS if args.preset == "all" else (args.preset,)
     if args.figure and len(presets) > 1:
         raise CommandError("--figure is one picture, and --preset all draws one for each preset.")
+    reason = _too_large(max(args.len, default=0), shape, device)
+    if reason is not None:
+        raise CommandError(
+            f"--len {max(args.len):,}: {reason}; make it, --heads or --batch smaller."
+        )
     found = [
         workload
         for preset in presets
@@ -112,7 +117,7 @@ def _measure(
             at = x_text({"x": workload.x, "x_axis": workload.x_axis})
             what = f"{workload.preset}, {workload.name}, {at} {workload.x_axis}"
             progress.step(what)
-            reason = _too_large(workload, shape, device)
+            reason = _too_large(workload.kv_len, shape, device)
             if reason is not None:
                 notes[what] = reason
                 continue
@@ -136,8 +141,8 @@ def _opened(path: str | None) -> Path | None:
         raise CommandError(f"cannot write {path}: {error.strerror}") from None
 
 
-def _too_large(workload: Workload, shape: Shape, device: torch.device) -> str | None:
-    tokens = max(workload.q_len, workload.kv_len)
+def _too_large(tokens: int, shape: Shape, device: torch.device) -> str | None:
+    """Why so many tokens do not fit, or None."""
     size = shape.batch * shape.n_heads * tokens * shape.head_dim * shape.dtype.itemsize * COPIES
     free = free_bytes(device)
     if size <= free:

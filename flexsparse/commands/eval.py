@@ -232,7 +232,7 @@ def _probe_table(
     """How likely the model is to find a needle, by its depth, and to recall pairs."""
     length = ids.shape[1]
     generator = torch.Generator().manual_seed(0)
-    words = ids.unique()
+    words = torch.unique(ids)
     words = words[torch.randperm(len(words), generator=generator)]
     keys, values = words.chunk(2)
     pairs = recall_sequences(RECALL_ROWS, length, RECALL_PAIRS, keys, values, generator=generator)

@@ -3,8 +3,8 @@
 from flexsparse.drawing.comparing import compare
 from flexsparse.drawing.devices import Device
 from flexsparse.drawing.figure import draw
-from flexsparse.drawing.html import html
-from flexsparse.drawing.roofline import roofline
+from flexsparse.drawing.least_time import roofline
+from flexsparse.drawing.notebook import html
 from flexsparse.drawing.zooming import zoom
 
 __all__ = ["Device", "compare", "draw", "html", "roofline", "zoom"]

@@ -46,7 +46,18 @@ def rectangles_of(block_mask: BlockMask, b: int, h: int) -> tuple[Rectangles, Re
         lists = _plane(counts, indices, b, h)
         row, start, end = _runs(*lists, columns)
         found.append(Rectangles(torch.zeros_like(row), row, row + 1, start, end))
-    return found[0], found[1]
+    partial, full = found
+    _, row, _, start, end = (torch.cat(x) for x in zip(partial, full, strict=True))
+    order = torch.argsort(row * (columns + 1) + start)
+    row, start, end = row[order], start[order], end[order]
+    twice = ((row[1:] == row[:-1]) & (start[1:] < end[:-1])).nonzero().flatten()
+    if len(twice):
+        at = int(twice[0]) + 1
+        raise MaskError(
+            f"The BlockMask lists the block ({int(row[at])}, {int(start[at])}) both as partial and "
+            "as full, so that attention would count it twice. List it once."
+        )
+    return partial, full
 
 
 def place_of(block_mask: BlockMask, b: int, h: int) -> tuple[int, ...]:

@@ -2,7 +2,7 @@
 (() => {
   // what a cell is worth: the percent kept in a PARTIAL one, or one of these
   const UNDER_1 = 101, OVER_99 = 102, FULL = 254, UNKNOWN = 255;
-  const words = new Intl.NumberFormat("en-US");
+  const numbers = new Intl.NumberFormat("en-US");
 
   // The runs of a grid: of row r those from first[r] to first[r + 1]; what is in none is EMPTY.
   async function decode(text, rows) {
@@ -129,7 +129,7 @@
     if (still) still.style.display = "none";
     part("live").style.display = "";
 
-    const range = (from, to) => (to - from > 1 ? `s ${words.format(from)}-${words.format(to - 1)}` : ` ${words.format(from)}`);
+    const range = (from, to) => (to - from > 1 ? `s ${numbers.format(from)}-${numbers.format(to - 1)}` : ` ${numbers.format(from)}`);
     const cells = (place, axis) => {
       const from = place * spec.side[axis], all = Math.ceil(spec.lengths[axis] / spec.block[axis]);
       return [from, Math.min(from + spec.side[axis], all)];

@@ -28,7 +28,7 @@ MOST_RUNS = 1_500_000  # of all grids, which a browser paints without delay
 MOST_LINES = 1_000_000  # of one grid, before neighbours become one run
 MOST_CELLS = 1 << 22  # of all grids that are pooled
 LONGEST_LINE = 0xFFFF  # cells
-POOLED = (1024, 512, 256, 128, 64, 32)  # cells in a row of a grid that is too large
+POOLED = (1024, 512, 256, 128, 64, 32, 16)  # cells in a row of a grid that is too large
 # a PARTIAL cell is worth the percent of it that is kept, or one of these
 UNDER_1, OVER_99, IS_FULL, UNKNOWN = 101, 102, 254, 255
 WIDTHS = ((1, 420), (3, 300), (8, 220), (32, 150))  # up to how many panels, and pixels
@@ -134,20 +134,14 @@ def _block_runs(found: Counted) -> Runs:
     grid = found.plane.grid
     row, start, end = _rows_of(found.blocks.full)
     parts = [(row, start, end, torch.full_like(row, IS_FULL))]
-    if found.kept is None or found.row is None or found.column is None:
+    if found.kept is None:
         row, start, end = _rows_of(found.blocks.partial)
         parts.append((row, start, end, torch.full_like(row, UNKNOWN)))
     else:
-        row, column = found.row, found.column
-        high, wide = (
-            (n - place * block).clamp(max=block)
-            for n, place, block in (
-                (grid.q_len, row, grid.block_size[0]),
-                (grid.kv_len, column, grid.block_size[1]),
-            )
-        )
-        value = _worth(found.kept / (high * wide))
-        parts.append((row, column, column + 1, value))
+        row, column, kept = found.kept
+        high = (grid.q_len - row * grid.block_size[0]).clamp(max=grid.block_size[0])
+        wide = (grid.kv_len - column * grid.block_size[1]).clamp(max=grid.block_size[1])
+        parts.append((row, column, column + 1, _worth(kept / (high * wide))))
     row, start, end, value = (torch.cat(x) for x in zip(*parts, strict=True))
     order = torch.argsort(row * (grid.columns + 1) + start)
     row, start, end, value = (x[order] for x in (row, start, end, value))
@@ -222,8 +216,8 @@ def _figures(found: Sequence[Counted], grid: Grid) -> str:
     height = round(width * min(max(grid.q_len / grid.kv_len, 0.25), 1.5))
     return "".join(
         f'<figure style="width:{width}px"><figcaption><b>{escape(x.plane.name)}</b><br>'
-        f'{escape(x.plane.who)}</figcaption><canvas style="width:{width}px;height:{height}px">'
-        "</canvas></figure>"
+        f'{escape(x.plane.who)}</figcaption><canvas role="img" aria-label="blocks" '
+        f'style="width:{width}px;height:{height}px"></canvas></figure>'
         for x in found
     )
 

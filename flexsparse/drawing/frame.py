@@ -56,14 +56,11 @@ class Frame(NamedTuple):
 
     def cells(self, image: Tensor, pools: Pools) -> None:
         """Paint cells: uint8[rows, columns, 3], a colour for each pool."""
-        # over the inner half of the frame, which would hide thin cells
+        # below the cells: on top, the frame would hide a thin column at the edge
         frame = self.outline(LINE, zorder=0)
         rows, columns = image.shape[:2]
         high, wide = (k * n for k, n in zip(pools.side, self.grid.block_size, strict=True))
-        width, height = (
-            self.across(columns * wide) - self.x,
-            self.down(rows * high) - self.y,
-        )
+        width, height = self.across(columns * wide) - self.x, self.down(rows * high) - self.y
         cells = self.sheet.image(image, self.x, self.y, width, height)
         # the last pools may stick out over the end
         cells.set_clip_path(frame)
@@ -92,8 +89,7 @@ class Frame(NamedTuple):
         first = self.x + self.width * (1 + GAP)
         scale = self.width * (BARS - GAP) / max(most, 1)
         queries = (edges * self.grid.block_size[0]).clamp(max=self.grid.q_len).double()
-        y = self.down(1) - self.y
-        y = (self.y + queries * y).repeat_interleave(2)
+        y = (self.y + queries * (self.height / self.grid.q_len)).repeat_interleave(2)
         stacked = torch.stack([part for part, _ in parts]).cumsum(0)
         # the longest first, so that the shorter lie on them
         for total, (_, colour) in reversed(list(zip(stacked, parts, strict=True))):

@@ -107,42 +107,49 @@ class Panels:
         return sum(w * x for w, x in zip(weights, known, strict=True)) / sum(weights)
 
 
-class Counted(NamedTuple):
-    """The blocks of a plane, and how many elements are kept in those that are PARTIAL.
+class Kept(NamedTuple):
+    """How many elements are kept in PARTIAL blocks; int64[blocks] each.
 
-    row, column: int64, of each PARTIAL block
-    kept: int64, elements kept in each; None if not counted, as then are row and column
+    row, column: of the block
+    elements: kept in it
     """
+
+    row: Tensor
+    column: Tensor
+    elements: Tensor
+
+
+class Counted(NamedTuple):
+    """The blocks of a plane; kept is None where elements were not counted."""
 
     plane: Plane
     blocks: Blocks
-    row: Tensor | None
-    column: Tensor | None
-    kept: Tensor | None
+    kept: Kept | None
 
 
 def counted(plane: Plane, most: int) -> Counted:
     """The blocks of a plane; elements are counted if no more than `most` must be evaluated."""
     blocks = plane.blocks()
-    row = column = kept = None
-    if plane.mask is not None and blocks.partial.blocks <= MOST_BLOCKS:
-        row, column = unit_blocks(blocks.partial)
-        kept = kept_elements(plane.mask, plane.grid, row, column, most)
-    return Counted(plane, blocks, row, column, kept)
+    if plane.mask is None or blocks.partial.blocks > MOST_BLOCKS:
+        return Counted(plane, blocks, None)
+    row, column = unit_blocks(blocks.partial)
+    elements = kept_elements(plane.mask, plane.grid, row, column, most)
+    return Counted(plane, blocks, None if elements is None else Kept(row, column, elements))
 
 
 def panel(found: Counted, most_pools: int) -> Panel:
     """A plane, pooled to at most `most_pools` in a row or column."""
-    plane, blocks, row, column, counts = found
+    plane, blocks, counts = found
     grid = plane.grid
     pools = Pools.of(grid, most_pools)
     full = pools.blocks_of(blocks.full)
     kept = elements = None
-    if counts is None or row is None or column is None:
+    if counts is None:
         partial = pools.blocks_of(blocks.partial)
     else:
+        row, column, in_block = counts
         partial = pools.sum_of(row, column, torch.ones_like(row))
-        kept = pools.elements_of(blocks.full, grid, full) + pools.sum_of(row, column, counts)
+        kept = pools.elements_of(blocks.full, grid, full) + pools.sum_of(row, column, in_block)
     if plane.is_short:
         elements = plane.elements((0, grid.rows), (0, grid.columns))
     work = torch.stack([_per_row(x, grid.rows) for x in blocks])

@@ -70,7 +70,7 @@ def _of_masks(
     verb: str, masks: Mask | PerHead, at: Lengths, compiled: CompiledMask | None = None
 ) -> list[Plane]:
     size = 128 if at.block_size is None else at.block_size
-    sizes = (size, size) if isinstance(size, int) else tuple(size)
+    sizes = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
     if len(sizes) != 2 or not all(type(n) is int and n > 0 for n in sizes):
         raise MaskError(
             f"{verb}: block_size={size!r}; it must be an int of 1 or more, or a pair (of queries, "

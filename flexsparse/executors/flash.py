@@ -6,6 +6,7 @@ that each are one run of tokens. CUDA, half precision, gradients.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from inspect import signature
 from typing import Any, NamedTuple
@@ -164,12 +165,12 @@ def _starts(mask: Band, batch: int, length: int, device: torch.device) -> Tensor
 def _varlen_attn() -> Callable[..., Any] | None:
     # seconds to import, and wanted on CUDA alone; a plan does it before torch.compile could see it
     if "varlen_attn" not in _imported:
-        try:
+        _imported.update(varlen_attn=None, parameters=set())  # in a torch without it
+        with contextlib.suppress(ImportError):
             from torch.nn.attention.varlen import varlen_attn
-        except ImportError:  # a torch without it
-            varlen_attn = None
-        _imported["varlen_attn"] = varlen_attn
-        _imported["parameters"] = set(signature(varlen_attn).parameters) if varlen_attn else set()
+
+            _imported["varlen_attn"] = varlen_attn
+            _imported["parameters"] = set(signature(varlen_attn).parameters)
     return _imported["varlen_attn"]  # type: ignore[no-any-return]
 
 

@@ -43,12 +43,7 @@ def register() -> None:
 def apply(plan: SparsePlan, model: Any) -> None:
     """Put a plan on a model, in place of any it has: what `plan.apply(model)` does."""
     register()
-    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
-    if not isinstance(model, nn.Module) or not hasattr(model, "set_attn_implementation"):
-        raise MaskError(
-            f"A plan goes on a model of transformers, and this is {type(model).__name__}, whose "
-            "attention cannot be swapped."
-        )
+    model = _checked(model)
     reason = plan.problem(model.config)
     if reason is not None:
         raise MaskError(reason)
@@ -65,13 +60,24 @@ def apply(plan: SparsePlan, model: Any) -> None:
 
 def remove(model: Any) -> None:
     """Take any plan off a model and give it the attention it had before it."""
-    model = getattr(model, "_orig_mod", model)
+    model = _checked(model)
     for module in model.modules():
         vars(module).pop(HEADS, None)
     before = vars(model).pop(BEFORE, None)
     if before is not None:
         model.set_attn_implementation(before)
     rules.forget()
+
+
+def _checked(model: Any) -> Any:
+    """The model itself, where torch.compile has wrapped it, if it is one of transformers."""
+    model = getattr(model, "_orig_mod", model)
+    if not isinstance(model, nn.Module) or not hasattr(model, "set_attn_implementation"):
+        raise MaskError(
+            f"A plan goes on a model of transformers, and this is {type(model).__name__}, whose "
+            "attention cannot be swapped."
+        )
+    return model
 
 
 def _attention_layers(model: Any) -> dict[int, nn.Module]:

@@ -193,7 +193,8 @@ def _attend_rows(
     if softcap is None:
         out = functional.scaled_dot_product_attention(q, k, v, kept, dropout, scale=scale)
     else:
-        scores = (q @ k.mT).float() * (head_dim**-0.5 if scale is None else scale)
+        scores = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32))
+        scores = scores * (head_dim**-0.5 if scale is None else scale)
         scores = softcap * torch.tanh(scores / softcap)
         if kept is not None:
             scores = scores.masked_fill(~kept, -math.inf)

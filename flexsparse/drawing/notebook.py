@@ -21,6 +21,7 @@ from flexsparse.expr import Mask
 from flexsparse.heads import PerHead
 
 LONGEST = 8192  # tokens at which a mask without lengths is shown
+LONGEST_OPAQUE = 1024  # where every element may have to be looked at
 MOST_ROWS = 8  # of the table, before it is folded up
 ENOUGH = 4  # times the largest number in a mask, so that what it does is seen
 
@@ -67,10 +68,12 @@ def _telling_lengths(drawn: Mask | PerHead) -> Iterator[int]:
         if step.op == "const" and not step.is_mask
     ]
     wanted = max(numbers, default=1) * ENOUGH
-    if tables and ELEMENTS_UP_TO < min(tables) <= LONGEST:
+    is_opaque = any(mask.opaque_operators for mask in masks)
+    most = LONGEST_OPAQUE if is_opaque else LONGEST
+    if tables and ELEMENTS_UP_TO < min(tables) <= most:
         yield min(tables)
     if wanted > ELEMENTS_UP_TO:
-        yield min(1 << (wanted - 1).bit_length(), LONGEST)
+        yield min(1 << (wanted - 1).bit_length(), most)
     yield ELEMENTS_UP_TO
 
 
