@@ -21,18 +21,18 @@ from flexsparse.executors import streaming
 from flexsparse.masks import causal, full, packed, same_document, sink, strided, window
 
 DRY_RUN = os.environ.get("FLEXSPARSE_DRY_RUN") == "1"
-DEVICE = "cpu" if DRY_RUN else "cuda"
+DEVICE = "cuda" if torch.cuda.is_available() and not DRY_RUN else "cpu"
 DTYPES = [torch.float16] if DRY_RUN else [torch.bfloat16, torch.float16]
 HALF = DTYPES[0]
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not (DRY_RUN or torch.cuda.is_available()), reason="needs a CUDA device"),
+    pytest.mark.skipif(DEVICE == "cpu" and not DRY_RUN, reason="needs a CUDA device"),
 ]
 
 N = 300
-ENDS = torch.tensor([0, 70, 71, 200, N])
-IDS = torch.bucketize(torch.arange(N), ENDS[1:], right=True)
+ENDS = torch.tensor([0, 70, 71, 200, N], device=DEVICE)
+IDS = torch.bucketize(torch.arange(N, device=DEVICE), ENDS[1:], right=True)
 STREAMING = causal & (sink(4) | window(70))
 NEAR = (q_idx - kv_idx <= 64) & (kv_idx - q_idx <= 32)
 # executor, masks of the heads, (heads, kv heads), (q_len, kv_len)
@@ -68,9 +68,10 @@ def compiled(masks, lengths):
 
 def dense(masks, lengths):
     """The masks of the heads, element by element: bool [n_heads, q_len, kv_len]."""
-    q, kv = torch.arange(lengths[0])[:, None] + lengths[1] - lengths[0], torch.arange(lengths[1])
+    q, kv = (torch.arange(n, device=DEVICE) for n in lengths)
+    q = q[:, None] + lengths[1] - lengths[0]
     planes = [m(q.new_tensor(0), q.new_tensor(h), q, kv) for h, m in enumerate(masks)]
-    return torch.stack([x.expand(lengths) for x in planes]).to(DEVICE)
+    return torch.stack([x.expand(lengths) for x in planes])
 
 
 def definition(q, k, v, kept, factor=1.0):
@@ -249,7 +250,7 @@ def test_varlen_attn_groups_heads_and_returns_the_lse_by_head():
     """What executors/flash.py would need to return an LSE."""
     varlen = pytest.importorskip("torch.nn.attention.varlen")
     q, k, v = (x.detach()[0].transpose(0, 1) for x in inputs((4, 2), (N, N)))
-    ends = ENDS.to(DEVICE, torch.int32)
+    ends = ENDS.int()
     options = inspect.signature(varlen.varlen_attn).parameters
     gqa = {"enable_gqa": True} if "enable_gqa" in options else {}
     out, lse = varlen.varlen_attn(

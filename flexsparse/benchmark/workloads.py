@@ -193,7 +193,8 @@ def workloads(
     if preset == "documents":
         return documents(usual, device)
     if preset == "natten":
-        sides = [round(n**0.5) for n in lengths] or [48, 64, 128, 256]
+        # a grid has whole tiles
+        sides = [16 * max(1, round(n**0.5 / 16)) for n in lengths] or [48, 64, 128, 256]
         return natten([side for side in sides if lengths or side * side <= longest])
     if preset == "decode":
         usual = [n * K for n in (4, 16, 64, 256, 1024) if n <= 16 * longest // K]
