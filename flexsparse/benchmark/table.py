@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from flexsparse.benchmark.measure import OURS, Row
 from flexsparse.drawing.words import tokens
-from flexsparse.report import table
+from flexsparse.report import NAME_WIDTH, shorten, table
 
 BARS = 40  # characters of the longest
 
 
 def table_text(rows: Sequence[Row]) -> str:
-    """A table, a line for each row, and below it what the masks cost and where they break even."""
+    """All rows, what making the block lists took, and where sparse is faster than dense."""
     lines: list[tuple[str, ...]] = [
         (
             rows[0]["x_axis"],
@@ -21,8 +21,8 @@ def table_text(rows: Sequence[Row]) -> str:
             "backend",
             "median ms",
             "quartiles",
-            "of dense",
-            "of ideal",
+            "time/dense",
+            "time/ideal",
             "TFLOP/s",
             "useful",
             "peak MB",
@@ -56,21 +56,30 @@ def _table(lines: list[tuple[str, ...]]) -> list[str]:
     return [names[i] if i in names else next(aligned) for i in range(len(lines))]
 
 
-def mask_lines(rows: Iterable[Row]) -> list[str]:
-    """What it took to make the block lists of the largest workload, ours and others'."""
-    rows = list(rows)
-    last = [row for row in rows if row["x"] == rows[-1]["x"] and row["pass"] == rows[-1]["pass"]]
-    first_pass = [row for row in rows if row["x"] == rows[-1]["x"] and row["pass"] == "forward"]
-    return [
-        f"Mask to blocks at {x_text(row)} {row['x_axis']}, {row['backend']}: "
-        f"{number(row['mask_cold_ms'])} ms the first time, {number(row['mask_warm_ms'])} ms later, "
-        f"{row['mask_bytes']:,} bytes; first call {number(row['compile_ms'])} ms more than later."
-        for row in first_pass or last
-        if row["mask_cold_ms"] is not None
+def mask_lines(rows: Sequence[Row]) -> list[str]:
+    """What making block lists and kernels took at the largest x of each workload, as a table."""
+    lines: list[tuple[str, ...]] = [
+        ("", "mask to blocks", "backend", "first ms", "later ms", "bytes", "first call, extra ms")
     ]
+    for workload, group in by_workload(rows):
+        largest = max(row["x"] for row in group)
+        for row in group:
+            if (row["x"], row["pass"]) == (largest, group[0]["pass"]) and row["mask_bytes"]:
+                lines.append(
+                    (
+                        x_text(row),
+                        shorten(workload, NAME_WIDTH),
+                        row["backend"],
+                        number(row["mask_cold_ms"]),
+                        number(row["mask_warm_ms"]),
+                        f"{row['mask_bytes']:,}",
+                        number(row["compile_ms"]),
+                    )
+                )
+    return [*table(lines), ""] if len(lines) > 1 else []
 
 
-def break_even_lines(rows: Iterable[Row]) -> list[str]:
+def break_even_lines(rows: Sequence[Row]) -> list[str]:
     """From where on flexsparse is faster than the fastest dense kernel, for each workload."""
     found = []
     for workload, group in by_workload(rows):
@@ -124,7 +133,7 @@ def bars(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def by_workload(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:
+def by_workload(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
     """The rows of each workload's name, in the order of their first."""
     groups: dict[str, list[Row]] = {}
     for row in rows:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,9 +63,9 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError("--figure is one picture, and --preset all draws one for each preset.")
     reason = _too_large(max(args.len, default=0), shape, device)
     if reason is not None:
-        raise CommandError(
-            f"--len {max(args.len):,}: {reason}; make it, --heads or --batch smaller."
-        )
+        raise CommandError(f"--len {max(args.len):,}: {reason}; make it or --heads smaller.")
+    for path in (args.save, args.figure):
+        _check_writable(path)
     found = [
         workload
         for preset in presets
@@ -80,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
         if mine:
             print(f"\n{preset}\n{table_text(mine)}\n{_picture(mine, args.figure)}")
     if notes:
-        print("\nNot measured:", *(f"  {who}: {reason}" for who, reason in notes.items()), sep="\n")
+        print("\nNot measured:", *_by_reason(notes), sep="\n  ")
     wrong = disagreements(rows)
     if wrong:
         print("\nDO NOT AGREE with flexsparse:", *wrong, sep="\n  ")
@@ -111,7 +110,6 @@ def _measure(
     rows: list[Row] = []
     notes: dict[str, str] = {}
     budget = QUICK_BUDGET if args.quick else BUDGET
-    save = _opened(args.save)
     with Progress("Measuring", len(found)) as progress:
         for workload in found:
             at = x_text({"x": workload.x, "x_axis": workload.x_axis})
@@ -124,21 +122,29 @@ def _measure(
             result = measure(workload, shape, device, budget=budget)
             rows += result.rows
             notes |= result.missing
-            if save is not None:
-                with save.open("a", encoding="utf-8") as file:
+            if args.save:
+                with open(args.save, "a", encoding="utf-8") as file:
                     file.writelines(json.dumps(row) + "\n" for row in result.rows)
     return rows, notes
 
 
-def _opened(path: str | None) -> Path | None:
-    """The file that rows are appended to, found out now whether it can be written."""
+def _check_writable(path: str | None) -> None:
+    """Raise now, and not after a long run, if a file cannot be written."""
     if path is None:
-        return None
+        return
     try:
         with open(path, "a", encoding="utf-8"):
-            return Path(path)
+            pass
     except OSError as error:
         raise CommandError(f"cannot write {path}: {error.strerror}") from None
+
+
+def _by_reason(notes: dict[str, str]) -> list[str]:
+    """Who was not measured and why, those of one reason together."""
+    who: dict[str, list[str]] = {}
+    for name, reason in notes.items():
+        who.setdefault(reason, []).append(name)
+    return [f"{'; '.join(names)}: {reason}" for reason, names in who.items()]
 
 
 def _too_large(tokens: int, shape: Shape, device: torch.device) -> str | None:
@@ -157,6 +163,4 @@ def _picture(rows: list[Row], path: str | None) -> str:
         draw_rows(rows).savefig(path)
     except ImportError as error:
         return f"\n{bars(rows)}\n\n{error}"
-    except OSError as error:
-        raise CommandError(f"cannot write {path}: {error.strerror}") from None
     return f"Picture: {path}"
