@@ -23,9 +23,10 @@ fi
 python -c 'import torch, triton; print("torch", torch.__version__, "triton", triton.__version__)' || exit 1
 
 # side by side: most of their time goes into compiling kernels
-timeout 240 python -m pytest -q -p no:cacheprovider -m gpu tests/test_gpu.py >"$out/gpu_tests.txt" 2>&1 &
+pytest=(timeout 240 python -m pytest -q -p no:cacheprovider --disable-warnings)
+"${pytest[@]}" tests/test_gpu.py >"$out/gpu_tests.txt" 2>&1 &
 tests=$!
-timeout 240 python -m pytest -q -p no:cacheprovider tests/test_streaming.py >"$out/gpu_streaming_tests.txt" 2>&1
+"${pytest[@]}" tests/test_streaming.py tests/test_streaming_schedule.py >"$out/gpu_streaming_tests.txt" 2>&1
 status=$?
 wait "$tests" || status=1
 tail -n 15 "$out/gpu_tests.txt" "$out/gpu_streaming_tests.txt"

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from flexsparse.benchmark import backends, measure
+from flexsparse.benchmark.case import case
 from flexsparse.benchmark.figure import draw_rows
 from flexsparse.benchmark.harness import Times, environment, peak_bytes, take_turns
 from flexsparse.benchmark.table import bars, break_even, break_even_text, table_text
@@ -196,7 +197,7 @@ def test_another_result_is_noticed():
 def test_workloads_can_be_compiled_and_say_what_they_are(preset):
     for workload in workloads(preset, CPU, 4, quick=True):
         shape = Shape(1, 4, 2, 16, torch.float32)
-        found = backends.case(workload, shape, CPU)
+        found = case(workload, shape, CPU)
         blocks, elements = measure.densities(found)
         assert 0 < elements <= blocks <= 1
         if workload.is_causal:
@@ -262,7 +263,7 @@ def test_flash_attention_is_called_as_its_packages_ask(preset, monkeypatch):
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
     monkeypatch.setattr(backends, "_not_cuda", lambda case: None)
     (workload,) = workloads(preset, CPU, 4, lengths=[1500])
-    found = backends.case(workload, Shape(2, 4, 2, 16, torch.float32), CPU)
+    found = case(workload, Shape(2, 4, 2, 16, torch.float32), CPU)
     q, k, v = (torch.randn(2, n, 1500, 16) for n in (4, 2, 2))
     expected = found.attend(q, k, v, executor="reference")
     for name in ("varlen_attn", "flash-attn 2 varlen"):

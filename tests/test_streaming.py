@@ -1,146 +1,53 @@
 """The streaming kernels against a float64 definition: outputs, lse and gradients.
 
 They run on a GPU where there is one, else under Triton's interpreter. That must be chosen before
-triton is imported, so a child process then runs this same file. Memory is full of NaN beforehand
-(conftest.py), so that nothing left unwritten can pass.
+triton is imported, so a child process then runs this same file and test_streaming_schedule.py.
+Memory is full of NaN beforehand (conftest.py), so that nothing left unwritten can pass.
 """
 
-# ruff: noqa: N803 - capitals are the habit for compile-time constants of a kernel
-
-import importlib.util
 import itertools
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from streaming_oracle import (
+    DEVICE,
+    INTERPRETED,
+    RUNS_HERE,
+    assert_close,
+    finite,
+    here,
+    in_float64,
+    inputs,
+    kept,
+    numbers,
+    reference,
+    run,
+)
 
 import flexsparse as fs
 from flexsparse import masks
 from flexsparse.errors import ExecutorError
-from flexsparse.executors import streaming
 from flexsparse.executors.streaming import streaming_attention
 
-triton = pytest.importorskip("triton", reason="the streaming kernels are written in Triton")
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-RUNS_HERE = INTERPRETED or torch.cuda.is_available()
-DEVICE = "cpu" if INTERPRETED else "cuda"
-# the interpreter multiplies the bit patterns of bfloat16 (triton issue 11584)
-HALVES = [torch.float16] if INTERPRETED else [torch.float16, torch.bfloat16]
-here = pytest.mark.skipif(
-    not RUNS_HERE, reason="run in a child process by test_this_file_passes_under_the_interpreter"
-)
+pytest.importorskip("triton", reason="the streaming kernels are written in Triton")
 
 if RUNS_HERE:
-    import triton.language as tl
+    from flexsparse.executors import streaming_decode, streaming_ops, streaming_tiles
 
-    from flexsparse.executors import (
-        streaming_decode,
-        streaming_kernels,
-        streaming_ops,
-        streaming_tiles,
-    )
-
-    needs_mask = streaming_kernels.needs_mask
-    schedule = streaming_kernels.schedule
-
-    @triton.jit
-    def schedule_kernel(
-        out, p_lo, p_hi, sink, window, BLOCK_KV: tl.constexpr, BLOCK_SINK: tl.constexpr
-    ):
-        _, n_tiles, _, _, _, rest = schedule(
-            p_lo, p_hi, sink, window, p_hi + 1, BLOCK_KV, BLOCK_SINK
-        )
-        tl.store(out, n_tiles)
-        tl.store(out + 1, rest)
-
-    @triton.jit
-    def needs_mask_kernel(
-        out, start, p_lo, sink, window, limit, ROWS: tl.constexpr, KV: tl.constexpr, N: tl.constexpr
-    ):
-        i = tl.arange(0, N)
-        start, p_lo = tl.load(start + i), tl.load(p_lo + i)
-        s, w, limit = tl.load(sink + i), tl.load(window + i), tl.load(limit + i)
-        tl.store(out + i, needs_mask(start, start + KV, limit, p_lo, p_lo + ROWS - 1, s, w))
-
-
-def model():
-    """benchmarks/model_streaming.py, which is no package."""
-    path = Path(__file__).parents[1] / "benchmarks/model_streaming.py"
-    spec = importlib.util.spec_from_file_location("model_streaming", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+# the interpreter multiplies the bit patterns of bfloat16 (triton issue 11584)
+HALVES = [torch.float16] if INTERPRETED else [torch.float16, torch.bfloat16]
 
 
 @pytest.mark.skipif(RUNS_HERE, reason="this process runs the kernels itself")
-def test_this_file_passes_under_the_interpreter():
+def test_these_files_pass_under_the_interpreter():
     env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    files = [__file__, __file__.replace(".py", "_schedule.py")]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
     run = subprocess.run(command, env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
-
-
-def kept(q_len, kv_len, sink, window, q_offset=None):
-    p = torch.arange(q_len)[:, None] + (kv_len - q_len if q_offset is None else q_offset)
-    kv = torch.arange(kv_len)[None, :]
-    s, w = sink.cpu()[:, None, None], window.cpu()[:, None, None]
-    return (kv <= p) & ((kv < s) | (p - kv < w))  # [n_heads, q_len, kv_len]
-
-
-def reference(q, k, v, sink, window, softcap=None, q_offset=None, scale=None):
-    """The definition, dense and in float64 on the CPU."""
-    group_size = q.shape[1] // k.shape[1]
-    k, v = (x.repeat_interleave(group_size, 1) for x in (k, v))
-    scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    mask = kept(q.shape[2], k.shape[2], sink, window, q_offset)
-    scores = scores.masked_fill(~mask, -torch.inf)
-    lse = scores.logsumexp(-1)
-    probs = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0)[..., None])
-    return probs @ v, lse
-
-
-def numbers(values):
-    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
-
-
-def inputs(q_len, kv_len, n_heads, n_kv_heads, d, dv, dtype=torch.float32, batch=1):
-    torch.manual_seed(0)
-    shapes = (
-        (batch, n_heads, q_len, d),
-        (batch, n_kv_heads, kv_len, d),
-        (batch, n_kv_heads, kv_len, dv),
-    )
-    return [torch.randn(s, dtype=dtype, device=DEVICE).requires_grad_() for s in shapes]
-
-
-def finite(lse):
-    return lse.masked_fill(lse == -torch.inf, 0)
-
-
-def run(attend, tensors, *args, **kwargs):
-    """out, lse and the three gradients of a weighted sum of out and lse."""
-    out, lse = attend(*tensors, *args, **kwargs)
-    torch.manual_seed(1)
-    weights = torch.randn(out.shape).to(out), torch.randn(lse.shape).to(lse)
-    loss = (out * weights[0]).sum() + (finite(lse) * weights[1]).sum()
-    return out.detach(), finite(lse).detach(), *torch.autograd.grad(loss, tensors)
-
-
-def in_float64(tensors):
-    return [x.detach().cpu().double().requires_grad_() for x in tensors]
-
-
-def assert_close(mine, true, tolerance=2e-5):
-    for name, x, y in zip(("out", "lse", "dq", "dk", "dv"), mine, true, strict=True):
-        error = (x.cpu().double() - y).abs().max().item() if y.numel() else 0.0
-        assert error < tolerance, f"{name} is off by {error}"  # a NaN fails too
 
 
 # q_len, kv_len, n_heads, n_kv_heads, head_dim, head_dim of v, sinks, windows, options
@@ -187,27 +94,6 @@ def test_one_launch_serves_every_sink_with_every_window_and_counts_no_key_twice(
     _, lse = streaming_attention(q, torch.zeros_like(k), v, sink, window, return_lse=True)
     n_kept = kept(70, 70, sink, window).sum(-1)  # scores are 0, so lse is the log of this
     assert (lse[0].cpu().exp() - n_kept).abs().max() < 1e-3
-
-
-@here
-def test_a_tile_is_masked_only_if_one_of_its_rows_hides_one_of_its_keys():
-    n, rows, kv = 512, 16, 16
-    start, p_lo, limit, sink, window = (
-        torch.randint(high, (n,), dtype=torch.int32) for high in (60, 80, 100, 90, 90)
-    )
-    out = numbers([-1] * n)
-    on_device = (x.to(DEVICE) for x in (start, p_lo, sink, window, limit))
-    needs_mask_kernel[(1,)](out, *on_device, ROWS=rows, KV=kv, N=n)
-    key = start[:, None, None] + torch.arange(kv)
-    p = (p_lo[:, None] + torch.arange(rows))[..., None]
-    s, w, end = (x[:, None, None] for x in (sink, window, limit))
-    hidden = ~((key <= p) & ((key < s) | (p - key < w)) & (key < end)).flatten(1).all(1)
-    masked = out.cpu().bool()
-    assert masked[hidden].all()
-    # a tile that straddles the end of the sink is masked even where the window covers the rest
-    straddles = (start < sink) & (sink < start + kv)
-    assert not masked[~hidden & ~straddles].any()
-    assert (~hidden & ~straddles).sum() > 20
 
 
 @here
@@ -318,10 +204,9 @@ def test_rounding_is_at_most_twice_that_of_dense_attention(dtype):
     sink, window = numbers([4, 20]), numbers([64, 9])
 
     def dense(q, k, v, sink, window):
-        mask = kept(200, 200, sink, window).to(q.device)
-        out = torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, enable_gqa=True
-        )
+        mask = kept(200, 200, sink, window).to(q.device)[None]
+        k, v = (x.repeat_interleave(2, 1) for x in (k, v))  # enable_gqa would compute in float32
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return out, out.new_zeros(out.shape[:3])
 
     def mine_out(*args):
@@ -380,110 +265,12 @@ def test_a_compiled_module_is_one_graph_for_every_sink_and_window():
 
 @here
 def test_a_compiled_mask_runs_its_heads_here():
-    heads = [masks.causal & (masks.sink(4) | masks.window(20)), masks.causal & masks.window(9)] * 2
-    attend = fs.compile_mask(fs.per_head(heads), 70, 70, device=DEVICE)
+    heads = [masks.token_streaming(4, 20), masks.causal & masks.window(9)] * 2
+    attend, on_cpu = (
+        fs.compile_mask(fs.per_head(heads), 70, 70, device=x) for x in (DEVICE, "cpu")
+    )
     q, k, v = tensors = inputs(70, 70, 4, 2, 32, 32)
     mine = run(attend, tensors, return_lse=True, executor="streaming")
-    true = run(attend, in_float64(tensors), return_lse=True, executor="reference")
-    assert_close(mine, true)
+    assert_close(mine, run(on_cpu, in_float64(tensors), return_lse=True, executor="reference"))
     with pytest.raises(ExecutorError, match="take neither score_mod nor dropout"):
         attend(q, k, v, dropout_p=0.1, executor="streaming")
-
-
-BAD = [
-    (lambda a: a | {"q": a["q"].double()}, "q is torch.float64; the kernel takes float16"),
-    (lambda a: a | {"k": a["k"].half()}, "k is torch.float16 but q is torch.float32"),
-    (lambda a: a | {"q": a["q"][..., :20]}, "q has head_dim 20; the kernel takes one of"),
-    (lambda a: a | {"q": a["q"][0]}, "q has 3 dimensions; it must be"),
-    (lambda a: a | {"k": a["k"].repeat(1, 1, 1, 2)}, "q has head_dim 32 but k has 64"),
-    (lambda a: a | {"v": a["v"][:, :, :5]}, r"k is \[1, 1, 8\] but v is \[1, 1, 5\]"),
-    (lambda a: a | {x: a[x].repeat(2, 1, 1, 1) for x in "kv"}, "q has batch 1 but k has 2"),
-    (
-        lambda a: a | {"page_table": numbers([[0]]), "kv_lens": numbers([8])},
-        "paged keys have no gradient",
-    ),
-    (
-        lambda a: a | {"page_table": numbers([[0], [0]]), "kv_lens": numbers([8])},
-        r"page_table is \[2, 1\]; the kernel takes \[1, pages per row\]",
-    ),
-    (
-        lambda a: a | dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), numbers([0])),
-        "the number of sequences",
-    ),
-    (lambda a: a | {"q_offset": numbers([0, 0])}, r"q_offset is \[2\]; it must be one number"),
-    (lambda a: a | {"v": a["v"].mT.contiguous().mT}, "v's last dim.* stride 8; .* v.contiguous"),
-    (lambda a: a | {x: a[x].repeat(1, 3, 1, 1) for x in "kv"}, "q has 2 heads and k 3; q's must"),
-    (lambda a: a | {"sink": a["sink"].long()}, r"sink is torch.int64 \[2\]; .* int32 tensor \[2\]"),
-    (lambda a: a | {"window": a["window"][:1]}, r"window is torch.int32 \[1\]; .* per query head"),
-    (lambda a: a | {"cu_seqlens_q": a["sink"]}, "only one of cu_seqlens_q and cu_seqlens_k"),
-    (lambda a: a | {"page_table": a["sink"]}, "page_table and kv_lens .* go together"),
-    (lambda a: a | {"sink": a["sink"].to("meta")}, "sink is on meta but q is on"),
-    (lambda a: a | {"softcap": -1.0}, "softcap is -1.0; it must be positive"),
-]
-
-
-@here
-@pytest.mark.parametrize(("change", "reason"), BAD)
-def test_bad_input_is_refused_with_its_reason(change, reason):
-    q, k, v = inputs(8, 8, 2, 1, 32, 32)
-    good = {"q": q, "k": k, "v": v, "sink": numbers([1, 2]), "window": numbers([3, 4])}
-    with pytest.raises(ExecutorError, match=reason):
-        streaming_attention(**change(good))
-
-
-def test_a_reason_needs_no_kernel_and_no_device():
-    with FakeTensorMode():
-        q = torch.empty(1, 4, 8, 64, device="cuda", dtype=torch.bfloat16)
-        sink = torch.empty(4, device="cuda", dtype=torch.int32)
-        assert streaming.unsupported(q, q, q, sink, sink) is None
-        reason = streaming.unsupported(q, q, q, sink, sink.cpu())
-        assert reason == "window is on cpu but q is on cuda:0; move one of them"
-        out, lse = streaming_attention(q, q, q, sink, sink, return_lse=True)
-        assert (out.shape, lse.shape, lse.dtype) == (q.shape, q.shape[:3], torch.float32)
-
-
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter runs on CPU")
-def test_a_plan_says_why_it_does_not_run_here():
-    q = torch.zeros(1, 2, 64, 32)
-    streams = masks.causal & (masks.sink(4) | masks.window(20))
-    for mask, reason in (
-        (streams, "'streaming' cannot run this call: q is on cpu; the kernels run on CUDA"),
-        (streams & masks.strided(2), r"the mask is not causal & \(sink\(s\) \| window\(w\)\)"),
-    ):
-        attend = fs.compile_mask(mask, 64, 64, device="cpu")
-        with pytest.raises(ExecutorError, match=reason):
-            attend(q, q, q, executor="streaming")
-        assert attend(q, q, q).shape == q.shape
-
-
-def test_without_triton_there_is_a_sentence():
-    code = """
-import sys
-sys.modules["triton"] = None  # importing it fails
-from flexsparse.executors import streaming
-import torch
-q, sink = torch.zeros(1, 1, 8, 32), torch.zeros(1, dtype=torch.int32)
-print(streaming.missing() == streaming.unsupported(q, q, q, sink, sink), streaming.missing())
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout == "True triton is not installed: pip install 'flexsparse[triton]'\n"
-
-
-def test_the_tile_plan_meets_its_targets():
-    m = model()
-    for pattern, target in m.TARGETS.items():
-        assert m.steady_ratio(m.PLANS["ours"], *pattern) <= target
-        assert m.steady_ratio(m.PLANS["ours, 4 heads packed"], *pattern) <= target
-
-
-@here
-@pytest.mark.parametrize(
-    ("sink", "window"), [(4, 64), (64, 256), (100, 30), (17, 1), (0, 5), (90, 0)]
-)
-def test_the_model_counts_the_tiles_that_the_kernels_visit(sink, window):
-    m, out = model(), numbers([0, 0])
-    for row0, rows in ((0, 64), (64, 64), (128, 40), (640, 64), (641, 32)):
-        schedule_kernel[(1,)](out, row0, row0 + rows - 1, sink, window, BLOCK_KV=64, BLOCK_SINK=16)
-        n_tiles, rest = out.tolist()
-        kernel = n_tiles * 64 + (16 if rest else 0)
-        assert m.visited_by_tiles(row0, row0 + rows - 1, sink, window, 64) == kernel

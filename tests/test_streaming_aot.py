@@ -139,7 +139,6 @@ ARCHES = [pytest.param(80, marks=slow), 90, pytest.param(100, marks=slow)]
 CASES = [
     (64, 64, 1, True, 5.0),
     (64, 64, 4, True, 5.0),
-    (128, 128, 1, False, 0.0),
     (128, 128, 1, True, 5.0),
     (128, 128, 4, True, 5.0),
     (192, 128, 4, False, 0.0),

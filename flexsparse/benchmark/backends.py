@@ -7,77 +7,24 @@ cannot, as a sentence.
 from __future__ import annotations
 
 import importlib
-import statistics
-import time
 import types
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from flexsparse.benchmark.harness import first_call
-from flexsparse.benchmark.workloads import Shape, Workload
-from flexsparse.compiler import CompiledMask, compile_mask
-from flexsparse.lower import lower
+from flexsparse.benchmark.case import Build, Case, Prepared, built, bytes_of
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-WARM_BUDGET = 0.5  # seconds
 # up to so many elements create_block_mask takes less time and memory as it is than to be compiled
 EAGER_ELEMENTS = 1 << 27
 # elements that create_block_mask may look at: seconds on CPU, and as many on a GPU
 MOST_ELEMENTS = {"cpu": 1 << 33, "cuda": 1 << 38}
 MOST_SCORES = {"cpu": 1 << 30, "cuda": 1 << 34}  # bytes that eager attention may hold at once
-
-
-class Build(NamedTuple):
-    """From mask to block lists: milliseconds of the first and of a later time, and their bytes."""
-
-    cold_ms: float
-    warm_ms: float
-    bytes: int
-
-
-class Prepared(NamedTuple):
-    """A workload, ready to run; build is None where there are no block lists."""
-
-    attend: Attend
-    build: Build | None = None
-
-
-class Case(NamedTuple):
-    """A workload with the sizes and the device at which it is measured."""
-
-    workload: Workload
-    shape: Shape
-    device: torch.device
-    attend: CompiledMask
-    build: Build
-
-    @property
-    def mask_mod(self) -> Callable[..., Tensor]:
-        """The mask of all heads as a function of row numbers, for torch."""
-        mask = self.attend.masks.mask(self.device)
-        return lower(mask, self.device, self.attend.q_offset)
-
-
-def case(workload: Workload, shape: Shape, device: torch.device) -> Case:
-    """Compile the mask of a workload, and time that."""
-
-    def make() -> CompiledMask:
-        return compile_mask(workload.mask, workload.q_len, workload.kv_len, device=device)
-
-    attend, cold, warm = _built(make, device)
-    lists = [
-        launch.block_mask(launch.heads)
-        for launch in attend.launches
-        if launch.usual_executor in ("flex", "blockwise")
-    ]
-    return Case(workload, shape, device, attend, Build(cold, warm, _bytes(*lists)))
 
 
 def flexsparse(case: Case) -> Prepared | str:
@@ -107,7 +54,7 @@ def _flex(case: Case, mask_mod: Callable[..., Tensor]) -> Prepared | str:
     create = create_block_mask
     if elements > EAGER_ELEMENTS:
         create = torch.compile(_own(create_block_mask), dynamic=False)
-    block_mask, cold, warm = _built(
+    block_mask, cold, warm = built(
         lambda: create(mask_mod, None, n_heads, workload.q_len, workload.kv_len, case.device),
         case.device,
     )
@@ -115,7 +62,7 @@ def _flex(case: Case, mask_mod: Callable[..., Tensor]) -> Prepared | str:
     compiled = torch.compile(_own(flex_attention), dynamic=False)
     return Prepared(
         lambda q, k, v: compiled(q, k, v, block_mask=block_mask, enable_gqa=gqa),
-        Build(cold, warm, _bytes(block_mask)),
+        Build(cold, warm, bytes_of(block_mask)),
     )
 
 
@@ -330,20 +277,3 @@ SPARSE: dict[str, Callable[[Case], Prepared | str]] = {
     "varlen_attn": varlen_attn,
     **{f"{name} varlen": partial(flash_attn_varlen, module) for name, module in FLASH_ATTN.items()},
 }
-
-
-def _built(make: Callable[[], Any], device: torch.device) -> tuple[Any, float, float]:
-    """What it makes, and the milliseconds of the first time and of a later one, the median."""
-    result, cold = first_call(make, device)
-    warm: list[float] = []
-    started = time.perf_counter()
-    while not warm or (time.perf_counter() - started < WARM_BUDGET and len(warm) < 50):
-        warm.append(first_call(make, device)[1])
-    return result, cold, statistics.median(warm)
-
-
-def _bytes(*block_masks: BlockMask) -> int:
-    """Memory of block lists: their storages, each once."""
-    tensors = [x for lists in block_masks for x in lists.as_tuple() if isinstance(x, Tensor)]
-    storages = [x.untyped_storage() for x in tensors]
-    return sum({x.data_ptr(): x.nbytes() for x in storages}.values())

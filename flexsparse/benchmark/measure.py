@@ -28,15 +28,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flexsparse.benchmark.backends import (
-    DENSE,
-    SPARSE,
-    WITHOUT_SKIPPING,
-    Attend,
-    Case,
-    Prepared,
-    case,
-)
+from flexsparse.benchmark.backends import DENSE, SPARSE, WITHOUT_SKIPPING
+from flexsparse.benchmark.case import Attend, Case, Prepared, case
 from flexsparse.benchmark.harness import Times, environment, first_call, peak_bytes, take_turns
 from flexsparse.benchmark.workloads import BLOCK, Shape, Workload
 from flexsparse.drawing.panels import panels
@@ -113,7 +106,7 @@ def _measure(
             times[name],
             max(0.0, first[name] - times[name].median),
             peak_bytes(call, found.device),
-            float((outs[name] - outs[OURS]).abs().max()) if name in outs else None,
+            float((outs[name] - outs[OURS]).abs().max()) if {name, OURS} <= outs.keys() else None,
         )
         for name, call in calls.items()
     }

@@ -18,6 +18,7 @@ from flexsparse.errors import ExecutorError
 
 HEAD_DIMS = (32, 64, 96, 128, 192, 256)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MAX_BATCH = 65535  # of the last axis of a grid
 ASSUMED_SINK = 128  # a longer sink is still right without `max_sink`, its gradient is slower
 
 # read once, as triton reads it when the kernels are defined; torch.compile takes both as constants
@@ -66,6 +67,8 @@ def unsupported(
             )
     if q.shape[-1] != k.shape[-1]:
         return f"q has head_dim {q.shape[-1]} but k has {k.shape[-1]}; they must be equal"
+    if q.shape[0] > MAX_BATCH:
+        return f"q has batch {q.shape[0]}; the kernel takes at most {MAX_BATCH}"
     if k.shape[:3] != v.shape[:3]:
         return f"k is {list(k.shape[:3])} but v is {list(v.shape[:3])} in [batch, heads, length]"
     if page_table is None and q.shape[0] != k.shape[0]:
@@ -150,6 +153,11 @@ def streaming_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention where head h keeps `causal & (sink(sink[h]) | window(window[h]))`.
 
+    Works inside torch.compile(fullgraph=True). Gradients have the same bits on every run.
+
+    >>> sink, window = torch.tensor([[4, 64], [64, 256]], dtype=torch.int32, device="cuda")
+    >>> out = streaming_attention(q, k, v, sink, window)  # q [1, 2, 4096, 128]
+
     Args:
         q: [batch, n_heads, q_len, head_dim]; packed sequences: batch 1, lengths in total tokens.
         k: [batch, n_kv_heads, kv_len, head_dim].
@@ -170,6 +178,13 @@ def streaming_attention(
     Returns:
         out [batch, n_heads, q_len, head_dim of v], and with return_lse the float32 natural-log
         lse [batch, n_heads, q_len]. A row that keeps no key has out 0 and lse -inf.
+
+    Raises:
+        ExecutorError: `unsupported` says why, or the soft-cap is not positive, or pages are to be
+            differentiated.
+
+    Source: attention sinks are StreamingLLM's (arXiv 2309.17453), the walk over tiles with an
+        online softmax is FlashAttention-2's (arXiv 2307.08691), split decoding Flash-Decoding's.
     """
     lengths = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "q_offset": q_offset}
     pages = {"page_table": page_table, "kv_lens": kv_lens}
