@@ -1,7 +1,7 @@
 """Sparse plans on Gemma 3 270M: what they cost in perplexity, and what attention they save.
 
     python benchmarks/bench_real_model.py points    # uniform masks on the start of the manual
-    python benchmarks/bench_real_model.py search    # the plans, from calibration text (an hour)
+    python benchmarks/bench_real_model.py plan_27 plan_22 --dtype bfloat16  # searches, an hour
     python benchmarks/bench_real_model.py criteria  # plans by the other criteria (half an hour)
     python benchmarks/bench_real_model.py heldout   # all of them on text that no search has seen
     python benchmarks/bench_real_model.py lengths   # the same plans at 4,096 tokens, and on code
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import json
 import statistics
 import sys
@@ -71,22 +72,22 @@ def points(model, tokenizer) -> dict:
     }
 
 
-def find(model, tokenizer) -> dict:
-    """Search the plans and save them."""
+def find(name: str, model, tokenizer) -> dict:
+    """Search a plan and save it."""
     ids = sequences(tokenizer, manual(), LENGTH)[CALIBRATION]
-    found = {}
-    for name, (density, _, _) in TARGETS.items():
-        started = time.perf_counter()
-        result = search(model, ids, density, every=8)
-        result.plan.save(RESULTS / f"{name}.json")
-        print(result, flush=True)
-        found[name] = {
-            "blocks": result.assignment.cost,
-            "budget": result.budget,
-            "history": result.history,
-            "seconds": round(time.perf_counter() - started),
-        }
-    return {"dtype": str(model.dtype), "sequences": len(ids), "every": 8, "plans": found}
+    started = time.perf_counter()
+    result = search(model, ids, TARGETS[name][0], every=8)
+    result.plan.save(RESULTS / f"{name}.json")
+    print(result, flush=True)
+    return {
+        "sequences": len(ids),
+        "every": 8,
+        "blocks": result.assignment.cost,
+        "budget": result.budget,
+        "history": result.history,
+        "seconds": round(time.perf_counter() - started),
+        "threads": torch.get_num_threads(),
+    }
 
 
 def criteria(model, tokenizer) -> dict:
@@ -96,7 +97,7 @@ def criteria(model, tokenizer) -> dict:
         result = search(model, ids, TARGETS["plan_27"][0], criterion=criterion, every=8)
         result.plan.save(RESULTS / f"plan_27_{criterion}.json")
         print(result, flush=True)
-    return {"dtype": str(model.dtype), "sequences": len(ids), "every": 8}
+    return {"sequences": len(ids), "every": 8}
 
 
 def heldout(model, tokenizer) -> dict:
@@ -209,7 +210,7 @@ def _first(found: dict) -> dict[str, float]:
 
 PARTS = {
     "points": points,
-    "search": find,
+    **{name: functools.partial(find, name) for name in TARGETS},
     "criteria": criteria,
     "heldout": heldout,
     "lengths": lengths,

@@ -11,18 +11,23 @@ from torch import Tensor
 from flexsparse.errors import MaskError
 from flexsparse.expr import Mask
 from flexsparse.fidelity.density import BLOCK, blocks, own_mask
-from flexsparse.masks import block_streaming, causal
+from flexsparse.masks import block_streaming, causal, local_stride
 
-WINDOWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # in blocks
+# in blocks
+WINDOWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+STRIPES = ((2, 4), (3, 4), (4, 4), (3, 2))  # latest, and from stripe to stripe
 
 
 def candidates_for(length: int) -> list[Mask]:
-    """Everything, and the first block with 1, 2, 3 ... of the latest, as far as a length has room.
+    """Everything; the latest blocks with the first one; the latest with every second or fourth.
 
-    They are whole blocks: where a block is computed anyway, masking a part of it saves nothing.
+    As far as a length has room for them. They are whole blocks: where a block is computed anyway,
+    masking a part of it saves nothing.
     """
     n = -(-length // BLOCK)
-    return [causal, *(block_streaming(1, window) for window in WINDOWS if window + 1 < n)]
+    windows = (block_streaming(1, window) for window in WINDOWS if window + 1 < n)
+    stripes = (local_stride(*stripe, block_size=BLOCK) for stripe in STRIPES if sum(stripe) < n)
+    return [causal, *windows, *stripes]
 
 
 def costs_of(candidates: Sequence[Mask], config: Any, layers: Sequence[int], length: int) -> Tensor:

@@ -72,22 +72,33 @@ class Measured:
                 replay.record(self.starts[0])
             return self._mean()
 
-    def moves(self, masks: Sequence[Mask], candidates: Sequence[Mask]) -> Tensor:
-        """float64[slots, candidates]: by how much the divergence grows if one slot changes."""
-        table = torch.zeros(len(self.slots), len(candidates), dtype=torch.float64)
+    def moves(
+        self, masks: Sequence[Mask], candidates: Sequence[Mask], worth: Tensor | None = None
+    ) -> Tensor:
+        """float64[slots, candidates]: by how much the divergence grows if one slot changes.
+
+        Args:
+            masks: the plan that is changed.
+            candidates: what a slot may change to.
+            worth: bool[slots, candidates], the changes to measure; the others are given infinity.
+        """
+        shape = len(self.slots), len(candidates)
+        table = torch.full(shape, torch.inf, dtype=torch.float64)
         base = self.of(masks)
-        what = f"{table.numel()} single changes of a plan"
+        for i, mask in enumerate(masks):
+            table[i, [candidate == mask for candidate in candidates]] = 0
+        todo = (table > 0) & (torch.tensor(True) if worth is None else worth)
+        places = todo.nonzero().tolist()
+        what = f"{len(places)} single changes of a plan"
         with (
             applied(self._plan(masks), self.model),
-            Progress("Measuring", table.numel(), what) as progress,
+            Progress("Measuring", len(places), what) as progress,
         ):
-            for i, slot in enumerate(self.slots):
-                for j, candidate in enumerate(candidates):
-                    if candidate != masks[i]:
-                        changed = [*masks[:i], candidate, *masks[i + 1 :]]
-                        self._plan(changed).apply(self.model)
-                        table[i, j] = self._mean(slot.layer) - base
-                    progress.tick()
+            for i, j in places:
+                changed = [*masks[:i], candidates[j], *masks[i + 1 :]]
+                self._plan(changed).apply(self.model)
+                table[i, j] = self._mean(self.slots[i].layer) - base
+                progress.tick()
         return table
 
     def _mean(self, start: int | None = None) -> float:

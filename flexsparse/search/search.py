@@ -135,8 +135,10 @@ def _refined(
     divergence = measured.of([candidates[i] for i in current])
     cost = int(costs[rows, current].sum())
     found, history = Assignment(tuple(current.tolist()), cost, 0.0, 0.0), [(cost, divergence)]
+    worth = None
     for _ in range(rounds):
-        table = measured.moves([candidates[i] for i in current], candidates)
+        table = measured.moves([candidates[i] for i in current], candidates, worth)
+        worth = _undominated(table, costs)
         best = assign(table, costs, budget)
         is_change = torch.ones_like(table).scatter_(1, current[:, None], 0)
         option, price, value = best, 0.0, divergence
@@ -156,6 +158,13 @@ def _refined(
         found = Assignment(option.choice, option.cost, loss, best.bound)
         history.append((found.cost, divergence))
     return found, history
+
+
+def _undominated(losses: Tensor, costs: Tensor) -> Tensor:
+    """bool[slots, candidates]: no other candidate of the slot costs less and loses less."""
+    cheaper = costs[:, None, :] < costs[:, :, None]
+    better = losses[:, None, :] < losses[:, :, None]
+    return ~(cheaper & better).any(2)
 
 
 def _uniform(costs: Tensor, budget: int) -> Tensor:
