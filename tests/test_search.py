@@ -148,6 +148,27 @@ def test_moves_are_differences_of_measured_divergences(ids):
         assert float(moves[slot, place]) == pytest.approx(divergence(changed) - base, abs=1e-5)
 
 
+def test_moves_that_are_not_worth_it_are_not_measured(ids):
+    slots = [Slot(1, head) for head in range(N_HEADS)]
+    worth = torch.zeros(N_HEADS, len(CANDIDATES), dtype=torch.bool)
+    worth[2, 0] = True
+    measured = Measured(tiny("gemma3"), ids[:1], slots, every=32)
+    moves = measured.moves([block_streaming(1, 1)] * N_HEADS, CANDIDATES, worth)
+    assert moves.isfinite().nonzero().tolist() == [[0, 2], [1, 2], [2, 0], [2, 2], [3, 2]]
+
+
+def test_a_later_round_measures_what_nothing_cheaper_was_better_than(ids, monkeypatch):
+    rounds = []
+    values = iter((1.0, 0.9, 0.8))
+    monkeypatch.setattr(Measured, "of", lambda self, masks: next(values))
+    losses = torch.tensor([[-0.3, -0.1, 0.0, 0.2]] * 7 + [[0.1, 0.1, -0.1, 0.0]]).double()
+    monkeypatch.setattr(Measured, "moves", lambda *args: rounds.append(args[-1]) or losses)
+    search(tiny("gemma3"), ids, 0.5, candidates=CANDIDATES, every=8, rounds=2)
+    assert rounds[0] is None
+    # of the last head only the two cheapest
+    assert rounds[1].tolist() == [[True] * 4] * 7 + [[False, False, True, True]]
+
+
 def test_each_round_of_the_search_is_better_than_the_one_before(ids):
     found = search(tiny("gemma3"), ids[:1], 0.5, candidates=CANDIDATES, every=8, rounds=2)
     values = [value for _, value in found.history]
