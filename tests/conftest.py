@@ -1,3 +1,4 @@
+import os
 import warnings
 
 import pytest
@@ -6,6 +7,13 @@ from hypothesis import settings
 
 settings.register_profile("flexsparse", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("flexsparse")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def cores_shared_by_workers():
+    """Threads that wait for each other on too few cores are many times slower."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
 
 
 @pytest.fixture(autouse=True, scope="session")
