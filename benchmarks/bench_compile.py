@@ -248,28 +248,31 @@ def plot(report: dict) -> None:
 
     figure, axes = plt.subplots(2, 4, figsize=(15, 6.5), sharex=True, sharey=True)
     styles = {
-        "torch eager": ("tab:gray", "s"),
-        "torch compiled": ("tab:orange", "^"),
-        "flexsparse": ("tab:blue", "o"),
+        "torch eager": ("tab:gray", "s-"),
+        "torch compiled": ("tab:orange", "^-"),
+        "flexsparse": ("tab:blue", "o-"),
+        "flexsparse plan": ("tab:blue", "D--"),
     }
     for ax, name in zip(axes.flat, MASKS, strict=False):
-        for system, (color, marker) in styles.items():
+        for system, (color, style) in styles.items():
             rows = [
                 r
                 for r in report["rows"]
                 if (r["mask"], r["system"]) == (name, system) and "seconds" in r
             ]
-            ax.loglog(
-                [r["tokens"] for r in rows],
-                [r["seconds"] * 1e3 for r in rows],
-                marker=marker,
-                color=color,
-                label=system,
-            )
+            if rows:
+                ax.loglog(
+                    [r["tokens"] for r in rows],
+                    [r["seconds"] * 1e3 for r in rows],
+                    style,
+                    color=color,
+                    label=system,
+                )
         ax.set_title(name, fontsize=9)
         ax.grid(alpha=0.3)
         ax.set_xticks([8 * K, 64 * K, 1024 * K], ["8K", "64K", "1M"])
-    axes.flat[0].legend(loc="lower right", fontsize=8)
+    for ax in (axes.flat[0], axes.flat[-1]):
+        ax.legend(loc="upper right", fontsize=8)
     figure.supylabel("mask to BlockMask, ms")
     figure.supxlabel("tokens (q_len = kv_len)")
     figure.suptitle(f"{report['device']}, torch {report['torch']}, {report['date']}", fontsize=9)
