@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from oracles import dense, grids, masks
 
-from flexsparse import kv_idx, q_idx
+from flexsparse import Mask, kv_idx, q_idx
 from flexsparse.blocks import write_kept_blocks
 from flexsparse.classify import Grid, classify
 from flexsparse.hints import kernel_options
@@ -33,7 +33,7 @@ def hints(mask, grid):
         (causal & (q_idx >= 1), {CONTIGUOUS}),  # row 0 has no key
         (q_idx // 256 > kv_idx // 256, {CONTIGUOUS}),  # the first rows of blocks are empty
     ],
-    ids=str,
+    ids=lambda x: str(x) if isinstance(x, Mask) else "-".join(sorted(x)),
 )
 def test_what_is_proved_of_well_known_masks(mask, expected):
     found, _ = hints(mask, Grid(640, 640, 0, (128, 128), 1, (0,)))
