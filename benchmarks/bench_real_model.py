@@ -45,8 +45,10 @@ RESULTS = Path(__file__).parent / "results"
 FILE = RESULTS / "real_model.json"
 CPU = torch.device("cpu")
 LENGTH = 2048
-# of the 55 sequences of the manual: every 14th from the second to search, every 9th to judge
+# of the 55 sequences of the manual: every 14th from the second to search, every 6th from the second
+# to go on with the search, every 9th to judge
 CALIBRATION = slice(1, 44, 14)
+MORE_CALIBRATION = slice(1, 55, 6)
 HELD_OUT = slice(0, 55, 9)
 UNIFORM = {
     "window(128)": causal & window(128),
@@ -79,6 +81,27 @@ def find(name: str, model, tokenizer) -> dict:
     started = time.perf_counter()
     result = search(model, ids, TARGETS[name][0], every=8)
     result.plan.save(RESULTS / f"{name}.json")
+    print(result, flush=True)
+    return {
+        "sequences": len(ids),
+        "every": 8,
+        "blocks": result.assignment.cost,
+        "budget": result.budget,
+        "history": result.history,
+        "seconds": round(time.perf_counter() - started),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def go_on(model, tokenizer) -> dict:
+    """Search on from plan_27 with more text and fewer candidates, one round."""
+    start = SparsePlan.load(RESULTS / "plan_27.json")
+    ids = sequences(tokenizer, manual(), LENGTH)[MORE_CALIBRATION]
+    started = time.perf_counter()
+    candidates = [causal, *(block_streaming(1, n) for n in (1, 2, 3, 4, 6, 8))]
+    options = {"start": start, "candidates": candidates, "every": 8, "rounds": 1}
+    result = search(model, ids, TARGETS["plan_27"][0], **options)
+    result.plan.save(RESULTS / "plan_27.json")
     print(result, flush=True)
     return {
         "sequences": len(ids),
@@ -213,6 +236,7 @@ def _first(found: dict) -> dict[str, float]:
 PARTS = {
     "points": points,
     **{name: functools.partial(find, name) for name in TARGETS},
+    "plan_27_on": go_on,
     "criteria": criteria,
     "heldout": heldout,
     "lengths": lengths,

@@ -197,7 +197,30 @@ def test_a_search_stops_at_a_plan_that_no_change_improves(ids, monkeypatch):
     assert numbers[-1] < 8
 
 
+def test_a_search_goes_on_from_a_plan(ids):
+    model = tiny("gemma3")
+    options = {"candidates": CANDIDATES, "every": 8, "rounds": 1}
+    first = search(model, ids[:1], 0.5, **options)
+    on = search(model, ids[:1], 0.5, start=first.plan, **options)
+    assert on.history[0] == pytest.approx(first.history[-1])
+    # its masks are candidates, and heads that it leaves as they are see everything
+    own = block_streaming(2, 1)
+    start = SparsePlan([None, [own, *[block_streaming(1, 1)] * 3], None, None])
+    on = search(model, ids[:1], 0.6, start=start, **options | {"candidates": CANDIDATES[2:]})
+    assert on.history[0][0] == 12 + 3 * 9 + 4 * 15
+
+
+def start_of(mask):
+    return SparsePlan([None, [mask] * 4, None, [mask] * 4])
+
+
 REFUSED = [
+    ({"density": 0.5, "start": SparsePlan([None] * 5)}, "The plan has 5 layers and the model"),
+    ({"density": 0.5, "start": start_of(causal)}, "computes 120 blocks, and the budget is 100"),
+    (
+        {"density": 0.5, "start": start_of(causal), "criterion": "mass"},
+        "A search by mass starts from no plan",
+    ),
     ({"density": 0.0}, "density=0.0; it is a part of all blocks"),
     ({"density": 1.5}, "density=1.5"),
     ({"density": 0.1}, "cheapest candidates of all heads compute 40 blocks"),
@@ -245,6 +268,9 @@ def test_the_command_searches_and_saves_a_plan(monkeypatch, capsys, tmp_path):
     # of 15 and 9 blocks, five heads have room for everything
     heads = [mask for layer in saved.layers if layer for mask in layer]
     assert heads.count(causal) == 4
+    on = ["search", str(tmp_path / "on.json"), "--start", str(plan), *command[2:], *masks]
+    assert main([*on, "--density", "0.5", "--every", "64", "--rounds", "1"]) == 0
+    assert plan_density(SparsePlan.load(tmp_path / "on.json"), tiny("gemma3").config, 640) <= 0.5
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import torch
 from flexsparse.commands.arguments import CommandError, device_here, positive, read_mask
 from flexsparse.commands.eval import add_text_arguments, sequences_of, text_of
 from flexsparse.commands.real_model import load
+from flexsparse.plan import SparsePlan
 from flexsparse.search import CRITERIA, search
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -42,6 +43,11 @@ def add_to(commands: Any) -> None:
         help="a mask to choose from; again for each (default: blocks at the start, latest blocks, "
         "stripes of blocks, and everything)",
     )
+    parser.add_argument(
+        "--start",
+        metavar="PLAN.json",
+        help="go on from this plan, within the density, and not from one mask for all heads",
+    )
     add_text_arguments(parser)
     parser.add_argument(
         "--every",
@@ -62,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
     """Search, print what was found, and save it."""
     text = text_of(args)
     candidates = args.candidate and [read_mask(mask) for mask in args.candidate]
+    start = args.start and SparsePlan.load(args.start)
     try:
         # now, and not after a long search
         with open(args.plan, "a", encoding="utf-8"):
@@ -78,6 +85,7 @@ def run(args: argparse.Namespace) -> int:
         criterion=args.criterion,
         candidates=candidates,
         layers=args.layers,
+        start=start,
         every=args.every,
         rounds=args.rounds,
     )

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from flexsparse.errors import MaskError
-from flexsparse.expr import Mask
+from flexsparse.expr import Mask, everything
 from flexsparse.fidelity.density import BLOCK, full_layers
 from flexsparse.fidelity.perplexity import check_length
-from flexsparse.plan import SparsePlan
+from flexsparse.plan import SparsePlan, masks_at
 from flexsparse.search.candidates import candidates_for, costs_of
 from flexsparse.search.criteria import Measured, Slot, of_heads, plan_of
 from flexsparse.search.knapsack import Assignment, assign
@@ -66,6 +66,7 @@ def search(
     criterion: str = "divergence",
     candidates: Sequence[Mask] | None = None,
     layers: Sequence[int] | None = None,
+    start: SparsePlan | None = None,
     every: int = 4,
     rounds: int = 3,
 ) -> Found:
@@ -75,7 +76,8 @@ def search(
     solved exactly. "mass" and "output" look at each head alone, in the dense model: attention mass
     lost (MInference), error of its output. "ablation" runs the dense model with one head changed
     (DuoAttention's question: which heads need everything?). "divergence" does so around the plan
-    itself and solves again, a few rounds, starting from one pattern for all heads.
+    itself and solves again, a few rounds, starting from one pattern for all heads, or from a plan:
+    one that was found on less text, say.
 
     >>> found = search(model, sequences(tokenizer, text, 2048, 4), density=0.25)
     >>> found.plan.save("plan.json")
@@ -87,6 +89,8 @@ def search(
         criterion: one of the four.
         candidates: masks to choose from; by default `candidates_for(length)`.
         layers: by number; by default those without a window of their own.
+        start: the plan that "divergence" starts from, within the density; its masks are candidates
+            too.
         every: "ablation" and "divergence" compare predictions at every `every`-th token.
         rounds: of "divergence", at most; it stops when no change helps.
 
@@ -98,19 +102,30 @@ def search(
     check_length(model, length)
     layers = full_layers(config) if layers is None else sorted(set(layers))
     candidates = candidates_for(length) if candidates is None else list(candidates)
-    reason = _unusable(config, density, criterion, layers, candidates)
+    n_heads = config.num_attention_heads
+    reason = _unusable(config, density, criterion, layers, candidates, start)
     if reason is not None:
         raise MaskError(reason)
-    n_heads = config.num_attention_heads
     slots = [Slot(layer, head) for layer in layers for head in range(n_heads)]
+    first = () if start is None else _masks_of(start, slots, length)
+    candidates += [mask for mask in dict.fromkeys(first) if mask not in candidates]
     costs = costs_of(candidates, config, layers, length).repeat_interleave(n_heads, 0)
     of_all = len(slots) * (-(-length // BLOCK)) ** 2
     budget = int(density * of_all)
     assign(costs.double(), costs, budget)  # refuses what nothing fits, before anything runs
+    current = _uniform(costs, budget)
+    if first:
+        current = torch.tensor([candidates.index(mask) for mask in first])
+        cost = int(costs.gather(1, current[:, None]).sum())
+        if cost > budget:
+            raise MaskError(
+                f"The plan to start from computes {cost:,} blocks, and the budget is {budget:,}. "
+                "Raise the density, or start from a plan with fewer blocks."
+            )
 
     if criterion == "divergence":
         measured = Measured(model, ids, slots, every)
-        found, history = _refined(measured, candidates, costs, budget, rounds)
+        found, history = _refined(measured, candidates, costs, budget, current, rounds)
     else:
         if criterion == "ablation":
             everything = [candidates[i] for i in costs.argmax(1)]
@@ -123,14 +138,18 @@ def search(
 
 
 def _refined(
-    measured: Measured, candidates: Sequence[Mask], costs: Tensor, budget: int, rounds: int
+    measured: Measured,
+    candidates: Sequence[Mask],
+    costs: Tensor,
+    budget: int,
+    current: Tensor,
+    rounds: int,
 ) -> tuple[Assignment, list[tuple[int, float]]]:
     """Measure every single change of a plan, solve for the best of them together, and repeat.
 
     Returns:
         the last assignment, and (blocks, divergence) of the first one and of each that was better
     """
-    current = _uniform(costs, budget)
     rows = torch.arange(len(costs))
     divergence = measured.of([candidates[i] for i in current])
     cost = int(costs[rows, current].sum())
@@ -176,12 +195,22 @@ def _uniform(costs: Tensor, budget: int) -> Tensor:
     return within.argmax().expand(len(costs)).clone()
 
 
+def _masks_of(plan: SparsePlan, slots: Sequence[Slot], length: int) -> tuple[Mask, ...]:
+    """The masks that a plan gives the slots at a length; `everything` where it gives none."""
+    layers = {slot.layer: plan.layers[slot.layer] for slot in slots}
+    masks = {i: layer and masks_at(layer, length) for i, layer in layers.items()}
+    return tuple(
+        its_masks[slot.head] if (its_masks := masks[slot.layer]) else everything for slot in slots
+    )
+
+
 def _unusable(
     config: Any,
     density: float,
     criterion: str,
     layers: Sequence[int],
     candidates: Sequence[Mask],
+    start: SparsePlan | None,
 ) -> str | None:
     """Why a search with these arguments cannot be, as a sentence, or None if it can."""
     if not 0 < density <= 1:
@@ -201,4 +230,6 @@ def _unusable(
                 f"Layer {layer} does not exist; the model has layers 0 to "
                 f"{config.num_hidden_layers - 1}."
             )
-    return None
+    if start is not None and criterion != "divergence":
+        return f"A search by {criterion} starts from no plan; drop start= or search by divergence."
+    return None if start is None else start.problem(config)
