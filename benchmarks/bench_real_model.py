@@ -1,7 +1,7 @@
 """Sparse plans on Gemma 3 270M: what they cost in perplexity, and what attention they save.
 
     python benchmarks/bench_real_model.py points    # uniform masks on the start of the manual
-    python benchmarks/bench_real_model.py plan_27 plan_22 --dtype bfloat16  # searches, an hour
+    python benchmarks/bench_real_model.py plan_27 plan_27_on plan_22 --dtype bfloat16  # two hours
     python benchmarks/bench_real_model.py criteria  # plans by the other criteria (half an hour)
     python benchmarks/bench_real_model.py heldout   # all of them on text that no search has seen
     python benchmarks/bench_real_model.py lengths   # the same plans at 4,096 tokens, and on code

@@ -1,4 +1,4 @@
-"""Draw docs/pictures/*.png, the pictures of the README.
+"""Draw docs/pictures/*.png, the pictures of the README and the docs.
 
 python docs/make_pictures.py          # needs matplotlib: pip install -e '.[viz]'
 """
@@ -6,6 +6,7 @@ python docs/make_pictures.py          # needs matplotlib: pip install -e '.[viz]
 from __future__ import annotations
 
 import functools
+import json
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from flexsparse.drawing.panels import Panel, panels
 from flexsparse.drawing.paper import small_png
 from flexsparse.drawing.planes import Lengths, planes
 from flexsparse.drawing.words import percent
+from flexsparse.fidelity import Point, draw_perplexity
 from flexsparse.masks import (
     a_shape,
     bigbird,
@@ -40,6 +42,7 @@ from flexsparse.masks import (
 )
 
 PICTURES = Path(__file__).with_name("pictures")
+REAL_MODEL = Path(__file__).parents[1] / "benchmarks" / "results" / "real_model.json"
 TOKENS, BLOCK = 1024, 16
 DOCUMENTS = torch.tensor([0, 700, 3200, 3900, 8000, 11500, 12100, 16384])
 
@@ -110,12 +113,25 @@ def _paint(panel: Panel, frame: Frame, sides: Sides) -> None:
     paint_panel(frame, panel, sides)
 
 
+def real_model() -> bytes:
+    """Perplexity against density of the plans and uniform masks in docs/real-models.md."""
+    measured = json.loads(REAL_MODEL.read_text())["heldout"]
+    points = [
+        Point(name, measured["density"][name], value, name.startswith("plan"))
+        for name, value in measured["perplexity"].items()
+        if name not in ("window(128)", "sink(4) | window(128)")  # far above the others
+    ]
+    title = "7 x 2,048 tokens of Python's manual that no search has seen"
+    return small_png(draw_perplexity(points[1:], points[0], title))
+
+
 def main() -> None:
     """Draw them."""
     PICTURES.mkdir(exist_ok=True)
     title = "32 heads, each with its own mask, at 16,384 tokens"
     mixed = small_png(draw(mixed_heads(), 16384, title=title))
-    for name, image in {"per_head.png": mixed, "patterns.png": gallery()}.items():
+    images = {"per_head.png": mixed, "patterns.png": gallery(), "perplexity.png": real_model()}
+    for name, image in images.items():
         (PICTURES / name).write_bytes(image)
         print(f"{PICTURES / name}: {len(image):,} bytes")
 

@@ -44,17 +44,16 @@ def draw_perplexity(points: Sequence[Point], dense: Point, title: str) -> Any:
         spine.set_color(LINE)
     axes.tick_params(length=0, labelsize=7, labelcolor=QUIET)
     axes.axhline(dense.perplexity, color=QUIET, linewidth=0.8, linestyle=(0, (4, 3)))
-    plans = 0
     for point in [dense, *points]:
-        plans += point.is_plan
         colour = QUIET if point is dense else css(ONLY_B if point.is_plan else ONLY_A)
         at = point.density * 100, point.perplexity
         axes.plot(*at, "D" if point.is_plan else "o", color=colour, markersize=6)
         axes.annotate(
             f"{point.name}  {point.perplexity:.2f}",
             at,
-            # plans lie below the masks that compute as much, and near each other
-            xytext=(7, -9 * plans if point.is_plan else 3),
+            # plans lie below the masks that compute as much, and near the line of the dense model
+            xytext=(-7, 3) if point.is_plan else (7, 3),
+            ha="right" if point.is_plan else "left",
             textcoords="offset points",
             size=7,
             color=INK,
