@@ -78,30 +78,21 @@ def points(model, tokenizer) -> dict:
 def find(name: str, model, tokenizer) -> dict:
     """Search a plan and save it."""
     ids = sequences(tokenizer, manual(), LENGTH)[CALIBRATION]
-    started = time.perf_counter()
-    result = search(model, ids, TARGETS[name][0], every=8)
-    result.plan.save(RESULTS / f"{name}.json")
-    print(result, flush=True)
-    return {
-        "sequences": len(ids),
-        "every": 8,
-        "blocks": result.assignment.cost,
-        "budget": result.budget,
-        "history": result.history,
-        "seconds": round(time.perf_counter() - started),
-        "threads": torch.get_num_threads(),
-    }
+    return _searched(name, model, ids)
 
 
 def go_on(model, tokenizer) -> dict:
     """Search on from plan_27 with more text and fewer candidates, one round."""
-    start = SparsePlan.load(RESULTS / "plan_27.json")
     ids = sequences(tokenizer, manual(), LENGTH)[MORE_CALIBRATION]
-    started = time.perf_counter()
     candidates = [causal, *(block_streaming(1, n) for n in (1, 2, 3, 4, 6, 8))]
-    options = {"start": start, "candidates": candidates, "every": 8, "rounds": 1}
-    result = search(model, ids, TARGETS["plan_27"][0], **options)
-    result.plan.save(RESULTS / "plan_27.json")
+    start = SparsePlan.load(RESULTS / "plan_27.json")
+    return _searched("plan_27", model, ids, start=start, candidates=candidates, rounds=1)
+
+
+def _searched(name: str, model, ids, **options) -> dict:
+    started = time.perf_counter()
+    result = search(model, ids, TARGETS[name][0], every=8, **options)
+    result.plan.save(RESULTS / f"{name}.json")
     print(result, flush=True)
     return {
         "sequences": len(ids),
