@@ -388,7 +388,8 @@ def plot(report: dict) -> None:
     axes[1, 0].set_ylabel("later calls, ms")
     for ax in axes.flat:
         ax.grid(alpha=0.3)
-    axes[0, 0].legend(fontsize=8)
+    if axes[0, 0].lines:
+        axes[0, 0].legend(fontsize=8)
     figure.suptitle(
         f"1,024 tokens, 4 heads of 64; {report['device']}, torch {report['torch']}, "
         f"{report['date']}",
