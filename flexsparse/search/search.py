@@ -128,8 +128,8 @@ def search(
         found, history = _refined(measured, candidates, costs, budget, current, rounds)
     else:
         if criterion == "ablation":
-            everything = [candidates[i] for i in costs.argmax(1)]
-            losses = Measured(model, ids, slots, every).moves(everything, candidates)
+            dearest = [candidates[i] for i in costs.argmax(1)]
+            losses = Measured(model, ids, slots, every).moves(dearest, candidates)
         else:
             losses = of_heads(model, ids, layers, candidates, criterion)
         found, history = assign(losses, costs, budget), []
