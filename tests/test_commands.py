@@ -287,6 +287,11 @@ def test_the_synthetic_demo_prints_a_table_and_what_it_means(capsys):
     out = capsys.readouterr().out
     for words in ("mass kept", "output error", "of causal", "Try next", "Random layer", "Time:"):
         assert words in out
+    heads = [line.split("  ") for line in out.splitlines() if line[:4].strip().isdigit()]
+    patterns = {[cell for cell in cells if cell][1].strip() for cells in heads}
+    assert len(heads) == 4
+    assert len(patterns) > 1
+    assert f"{len(patterns)} distinct patterns" in out
 
 
 @pytest.mark.real_model

@@ -222,7 +222,7 @@ def _measured(layer: Layer, choices: list[Choice], device: torch.device) -> list
     rows.append(
         (
             "all",
-            f"{len(attend.launches)} distinct patterns",
+            f"{len({choice.pattern.name for choice in choices})} distinct patterns",
             f"{blocks:,}",
             f"{blocks / causal_blocks / len(choices):.0%}",
             f"{mean:.1%}",
