@@ -62,6 +62,25 @@ def test_inductor_is_as_it_was_after_compiling():
     assert (Template.micro_gemm_define, config.unsafe_marked_cacheable_functions) == before
 
 
+def test_a_kernel_on_disk_is_for_as_many_threads_as_compiled_it(monkeypatch):
+    from torch._inductor import compile_fx, config
+
+    settings = []
+    monkeypatch.setattr(
+        compile_fx,
+        "compile_fx",
+        lambda graph, inputs: settings.append(config.unsafe_marked_cacheable_functions),
+    )
+    threads = torch.get_num_threads()
+    try:
+        for n in (1, 2, 1):
+            torch.set_num_threads(n)
+            flex_cpu.compile_graph(None, [])
+    finally:
+        torch.set_num_threads(threads)
+    assert settings[0] == settings[2] != settings[1]
+
+
 @pytest.mark.slow
 def test_our_product_saves_a_quarter_of_the_time():
     threads = torch.get_num_threads()

@@ -89,8 +89,7 @@ inline void {name}_kernel_micro_gemm{signature} {
 }
 """
 
-# inductor keeps compiled graphs on disk, by its settings among others; ours are others than torch's
-CACHE_KEY = {"flexsparse.executors.flex_cpu": hashlib.sha256(TILED.encode()).hexdigest()}
+PRODUCT = hashlib.sha256(TILED.encode()).hexdigest()
 
 
 def compile_graph(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -98,7 +97,10 @@ def compile_graph(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callabl
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx
 
-    settings = {**config.unsafe_marked_cacheable_functions, **CACHE_KEY}
+    # Inductor keeps compiled graphs on disk, by its settings among others. Ours hold our product,
+    # and buffers for as many threads as there are now: with more, they overflow (torch 2.11, 2.12).
+    key = {__name__: f"{PRODUCT}, {torch.get_num_threads()} threads"}
+    settings = {**config.unsafe_marked_cacheable_functions, **key}
     with _tiled_product(), config.patch(unsafe_marked_cacheable_functions=settings):
         compiled: Any = compile_fx(graph, inputs)
     return compiled  # type: ignore[no-any-return]

@@ -131,5 +131,7 @@ class RowMask(ModelMask):
         which = torch.tensor(masks.which, device=device).view(1, -1, 1, 1)
         kept = self.kept
         for place, mask in enumerate(masks.distinct):
-            kept = kept & ((which != place) | mask(batch, heads, self.q_place, self.kv_place))
+            # dynamo asks a callable object for its truth value before it calls it (torch 2.11)
+            seen = mask.__call__(batch, heads, self.q_place, self.kv_place)
+            kept = kept & ((which != place) | seen)
         return kept.expand(-1, masks.n_heads, -1, -1)
