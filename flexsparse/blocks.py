@@ -89,6 +89,28 @@ class CompactBlockMask(BlockMask):
             mask_mod=self.mask_mod,
         )
 
+    def row(self, row: int, grid: Grid, mask_mod: Callable[..., Tensor]) -> CompactBlockMask:
+        """One row of blocks, as the mask of a grid that has no other."""
+        lists: dict[str, Any] = {}
+        for kind in ("", "full_"):
+            for name in ("kv_num_blocks", "kv_indices"):
+                # a copy, because a compiler takes a view's place in memory for a constant
+                there = getattr(self, kind + name)[:, :, row : row + 1]
+                lists[kind + name] = there.clone(memory_format=torch.contiguous_format)
+            rows, counts = getattr(self, kind + "q_indices"), getattr(self, kind + "q_num_blocks")
+            lists |= {kind + "q_indices": rows, kind + "q_num_blocks": counts}
+            if rows is not None:
+                is_listed = torch.arange(rows.shape[3], device=rows.device) < counts[..., None]
+                sees = (rows == row) & is_listed
+                lists[kind + "q_num_blocks"] = sees.sum(-1, dtype=torch.int32)
+                lists[kind + "q_indices"] = torch.zeros_like(rows)
+        return CompactBlockMask(
+            seq_lengths=(grid.q_len, grid.kv_len),
+            **lists,
+            BLOCK_SIZE=grid.block_size,
+            mask_mod=mask_mod,
+        )
+
     def to(self, device: torch.device | str) -> CompactBlockMask:
         """The same lists on a device, as compact; tables of its mask_mod move with them."""
         lists = {}

@@ -19,6 +19,7 @@ from flexsparse.interval import INTERVAL_READING, Interval, Truth
 from flexsparse.pyramid import Pyramid
 
 SPLIT = 4  # a cell is split into SPLIT x SPLIT
+CELLS_TO_BEGIN_WITH = 1 << 8  # so many take hardly longer than one
 CELLS_AT_ONCE = 1 << 15  # stays in the cache, and below the size torch starts threads for
 ELEMENTS_AT_ONCE = 1 << 20
 
@@ -124,6 +125,16 @@ class BlockClasses(NamedTuple):
         partial, full = renumbered(self.partial), renumbered(self.full)
         return BlockClasses(grid, partial, full, self.evaluated)
 
+    def of_row(self, row: int, grid: Grid) -> BlockClasses:
+        """The classes of one row of blocks, as those of a grid that has no other."""
+
+        def alone(rectangles: Rectangles) -> Rectangles:
+            there = (rectangles.row0 <= row) & (row < rectangles.row1)
+            kept = Rectangles(*(x[there] for x in rectangles))
+            return kept._replace(row0=torch.zeros_like(kept.row0), row1=torch.ones_like(kept.row1))
+
+        return BlockClasses(grid, alone(self.partial), alone(self.full), self.evaluated)
+
 
 def _on_planes(
     rectangles: Rectangles, grid: Grid, heads: Sequence[int], target: Grid
@@ -148,14 +159,12 @@ def classify(mask: Mask, grid: Grid) -> BlockClasses:
     """
     reading = interval_reading(mask)
     side = 1
-    while side < max(grid.rows, grid.columns):
+    while grid.planes * -(-grid.rows // side) * -(-grid.columns // side) > CELLS_TO_BEGIN_WITH:
         side *= SPLIT
-    every_plane = torch.arange(grid.planes)
-    origin = torch.zeros_like(every_plane)
-    nothing = [every_plane[:0]] * 3
+    nothing = [torch.arange(0)] * 3
     full, partial, evaluated = [_rectangles(grid, nothing, 1)], [_rectangles(grid, nothing, 1)], 0
     # depth first, so that memory follows the result and not the number of open cells
-    stack = [(side, [every_plane, origin, origin])]
+    stack = [(side, _all_cells(grid, side))]
     while stack:
         side, cells = stack.pop()
         if len(cells[0]) > CELLS_AT_ONCE:
@@ -238,6 +247,13 @@ def bound_cells(
 def _batch_and_head(grid: Grid, plane: Tensor) -> tuple[Tensor, Tensor]:
     heads = torch.tensor(grid.heads)
     return plane // len(heads), heads[plane % len(heads)]
+
+
+def _all_cells(grid: Grid, side: int) -> list[Tensor]:
+    """Planes, rows and columns of the cells of `side` blocks that make up a grid."""
+    lengths = grid.planes, -(-grid.rows // side), -(-grid.columns // side)
+    cells = torch.cartesian_prod(*(torch.arange(n) for n in lengths))
+    return list(cells.T.contiguous())
 
 
 def _split(grid: Grid, cells: list[Tensor], side: int) -> list[Tensor]:

@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+# rows of blocks of one query each; fewer than hints.DECODING, so that hints hold for a query alone
+ROWS_AT_ONCE = 64
+
+
 def compile_mask(
     mask: Mask | PerHead,
     q_len: int,
@@ -107,6 +111,7 @@ class CompiledMask:
         self.compile_seconds = compile_seconds
         self.tables = tuple(table for mask in masks.distinct for table in mask.tables)
         self._block_mask: BlockMask | None = None
+        self._rows: CompiledMask | None = None  # the queries around the last `row`
 
     def __call__(
         self,
@@ -175,18 +180,35 @@ class CompiledMask:
     def row(self, position: int) -> CompiledMask:
         """One query, at a position, over all kv_len keys: a step of decoding.
 
-        Cost: the blocks of its row; no kernel is compiled again.
+        Cost: a fraction of a millisecond for a query of this mask, since the blocks of 64 queries
+        are found together; milliseconds for any other. No kernel is compiled again.
 
         Keys keep their places, so k and v may be a cache of kv_len tokens that is still filling up,
         if the mask hides what is not written yet, as causal does. For a cache that grows, take
         at(1, position + 1).
+
+        A block that the query sees all of is FULL, and its kernel applies no mask there. In the
+        BlockMask of at(1, ...), as in torch's, it is partial: a block of 128 queries sticks out.
 
         >>> out = attend.row(700)(q[:, :, 700:701], k, v)  # attend(q, k, v)[:, :, 700:701]
 
         Args:
             position: of the query, in tokens.
         """
-        return self.at(1, self.kv_len, position)
+        place = position - self.q_offset
+        if not 0 <= place < self.q_len:
+            return self.at(1, self.kv_len, position)
+        started = time.perf_counter()
+        first = place // ROWS_AT_ONCE * ROWS_AT_ONCE
+        if self._rows is None or self._rows.q_offset != self.q_offset + first:
+            self._rows = self._again(
+                q_len=min(ROWS_AT_ONCE, self.q_len - first),
+                q_offset=self.q_offset + first,
+                block_size=(1, self.block_size[1]),
+            )()
+        row = tuple(x.row(place - first, self.block_size) for x in self._rows.launches)
+        seconds = time.perf_counter() - started
+        return CompiledMask(self.masks, row, self.batch, self.n_heads, self.device, seconds)
 
     def cost(self, head_dim: int = 128, dtype: torch.dtype = torch.bfloat16) -> Cost:
         """Blocks, FLOPs and bytes of a forward pass of one batch row; `print` shows each launch's.
@@ -213,7 +235,7 @@ class CompiledMask:
             self._block_mask = block_mask(classes.grid, kept, mask_mod)
         return self._block_mask
 
-    def _again(self, **changes: int | None) -> Callable[[], CompiledMask]:
+    def _again(self, **changes: Any) -> Callable[[], CompiledMask]:
         """The call of compile_mask that made this mask, with some arguments changed."""
         arguments: dict[str, Any] = {
             "mask": self.masks if self.n_heads else self.masks.distinct[0],

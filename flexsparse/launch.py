@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from flexsparse.blocks import block_mask, write_kept_blocks
+from flexsparse.blocks import CompactBlockMask, block_mask, write_kept_blocks
 from flexsparse.classify import BlockClasses, Grid
 from flexsparse.cost import Cost, cost
 from flexsparse.dropout import Dropout, ScoreMod
@@ -42,7 +42,8 @@ class Launch:
     device: torch.device
     streams: tuple[tuple[int, int], ...] | None = None
     band: flash.Band | None = None
-    _block_masks: dict[tuple[int, ...], BlockMask] = field(default_factory=dict, init=False)
+    _block_masks: dict[tuple[int, ...], CompactBlockMask] = field(default_factory=dict, init=False)
+    _needed: dict[tuple[int, ...], Mask] = field(default_factory=dict, init=False)
     _hints: dict[tuple[int, ...], dict[str, bool]] = field(default_factory=dict, init=False)
     _numbers: dict[tuple[int, ...], tuple[Tensor, Tensor]] = field(default_factory=dict, init=False)
 
@@ -111,6 +112,24 @@ class Launch:
         if self.usual_executor in ("flex", "blockwise"):
             self.block_mask(self.heads)
 
+    def row(self, row: int, block_size: tuple[int, int]) -> Launch:
+        """The launch of one query, of a launch whose blocks are one query high.
+
+        Its lists are taken from those of this launch; block_size is what they are said to be of.
+        """
+        grid = self.classes.grid
+        its_grid = grid._replace(q_len=1, q_offset=grid.q_offset + row, block_size=block_size)
+        classes = self.classes.of_row(row, its_grid)
+        launch = replace(self, classes=classes, band=flash.band(self.mask, its_grid))
+        launch._hints.update(self._hints)
+        launch._numbers.update(self._numbers)
+        for heads, lists in self._block_masks.items():
+            of_heads = its_grid._replace(heads=heads or grid.heads)
+            mask_mod = self._lowered(self._needed[heads], of_heads)
+            launch._block_masks[heads] = lists.row(row, of_heads, mask_mod)
+        launch.prepare()
+        return launch
+
     def is_prepared(self, heads: Sequence[int]) -> bool:
         """Whether the lists of these heads are written."""
         return not self.has_planes or tuple(heads) in self._block_masks
@@ -144,12 +163,13 @@ class Launch:
             self._numbers[key] = (both[0], both[1])
         return self._numbers[key]
 
-    def _write_block_mask(self, heads: tuple[int, ...]) -> BlockMask:
+    def _write_block_mask(self, heads: tuple[int, ...]) -> CompactBlockMask:
         classes = self.classes
         if heads and heads != classes.grid.heads:
             classes = classes.of_heads(heads)
         grid = classes.grid
-        mask_mod = self._lowered(needed(self.mask, classes), grid)
+        self._needed[heads] = needed(self.mask, classes)
+        mask_mod = self._lowered(self._needed[heads], grid)
         # On CPU torch wants lists as wide as the grid, and has no backward that would read q lists.
         # Overlapping views are that wide and take no memory, but each width costs a kernel: they
         # are for grids whose lists would be large.

@@ -1,4 +1,4 @@
-"""check and diff against brute force, at() and row() against the whole run."""
+"""check and diff against brute force."""
 
 import time
 
@@ -7,8 +7,7 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from oracles import dense, dense_classes, grids, masks
 
-import flexsparse as fs
-from flexsparse import MaskError, b, check, compile_mask, diff, h, kv_idx, lookup, per_head, q_idx
+from flexsparse import MaskError, b, check, diff, h, kv_idx, lookup, per_head, q_idx
 from flexsparse.classify import classify
 from flexsparse.gaps import empty_rows, unseen_keys
 from flexsparse.masks import causal, full, padding, sink, window
@@ -177,51 +176,3 @@ def test_masks_of_heads_are_compared_head_by_head():
 def test_bad_arguments_are_named(call, sentence):
     with pytest.raises(MaskError, match=sentence):
         call()
-
-
-HEADS = [causal, STREAMING, causal & window(30) | sink(2) & causal, STREAMING]
-
-
-def test_prefill_in_chunks_and_decoding_equal_the_whole_run():
-    q, k, v = (torch.randn(2, n, 300, 16) for n in (4, 2, 2))
-    attend = compile_mask(per_head(HEADS), 300, 300)
-    whole = attend(q, k, v, executor="reference")
-    outs = []
-    for start, stop in ((0, 128), (128, 129), (129, 290)):
-        part = attend.at(stop - start, stop)
-        keys, values = k[:, :, :stop], v[:, :, :stop]
-        outs.append(part(q[:, :, start:stop], keys, values, executor="reference"))
-    for position in range(290, 300):
-        one = slice(position, position + 1)
-        outs.append(attend.row(position)(q[:, :, one], k, v, executor="reference"))
-        grown = attend.at(1, position + 1)
-        keys, values = k[:, :, : position + 1], v[:, :, : position + 1]
-        again = grown(q[:, :, one], keys, values, executor="reference")
-        torch.testing.assert_close(again, outs[-1])
-    torch.testing.assert_close(torch.cat(outs, 2), whole)
-
-
-def test_at_keeps_heads_batch_and_block_size():
-    mask = (kv_idx <= q_idx + h) & padding(torch.tensor([300, 40]))
-    attend = compile_mask(mask, 300, 300, batch=2, n_heads=3, block_size=(64, 32))
-    part = attend.at(10, 200, q_offset=50)
-    assert (part.q_len, part.kv_len, part.q_offset) == (10, 200, 50)
-    assert (part.batch, part.n_heads, part.block_size) == (2, 3, (64, 32))
-    assert attend.at(300, 300).launches[0].classes.blocks == attend.launches[0].classes.blocks
-
-
-def test_a_row_keeps_the_blocks_of_the_whole_mask():
-    attend = compile_mask(STREAMING, 1000, 1000)
-    columns = torch.arange(1000)
-    for position in (0, 127, 128, 700, 999):
-        launch = attend.row(position).launches[0]
-        needed = STREAMING(0, 0, torch.tensor(position), columns).nonzero().flatten() // 128
-        assert launch.classes.blocks == len(needed.unique())
-
-
-def test_a_row_of_a_million_tokens_costs_its_row_of_blocks():
-    attend = fs.compile_mask(causal & window(4096), 128, 1 << 20)
-    start = time.perf_counter()
-    row = attend.row((1 << 20) - 1)
-    assert time.perf_counter() - start < 5  # milliseconds on an idle core
-    assert row.launches[0].classes.blocks == 32

@@ -35,6 +35,9 @@ class Band(NamedTuple):
 
 def band(mask: Mask, grid: Grid) -> Band | None:
     """The mask as a band, or None if it is not one at these lengths."""
+    # FlashAttention puts the last query at the last key
+    if grid.q_offset != grid.kv_len - grid.q_len:
+        return None
     documents = _documents(mask)
     ends = None
     if documents is not None and not grid.q_offset and grid.q_len == grid.kv_len:
@@ -52,9 +55,7 @@ def band(mask: Mask, grid: Grid) -> Band | None:
     right = -1 if -term.far_lo >= grid.kv_len - 1 - grid.q_offset else -term.far_lo
     sees_its_own = term.far_lo <= 0 <= term.far_hi
     sees_every_key = term.key_lo <= 0 and term.key_hi >= grid.kv_len - 1
-    # FlashAttention puts the last query at the last key
-    is_last_to_last = grid.q_offset == grid.kv_len - grid.q_len
-    if not (sees_its_own and sees_every_key and is_last_to_last):
+    if not (sees_its_own and sees_every_key):
         return None
     longest = max(grid.q_len, grid.kv_len) if ends is None else int(ends.diff().max())
     return Band(left, right, ends, longest)
