@@ -19,7 +19,7 @@ from flexsparse.interval import INTERVAL_READING, Interval, Truth
 from flexsparse.pyramid import Pyramid
 
 SPLIT = 4  # a cell is split into SPLIT x SPLIT
-CELLS_TO_BEGIN_WITH = 1 << 8  # so many take hardly longer than one
+CELLS_TO_BEGIN_WITH = 1 << 8  # of each plane; so many take hardly longer than one
 CELLS_AT_ONCE = 1 << 15  # stays in the cache, and below the size torch starts threads for
 ELEMENTS_AT_ONCE = 1 << 20
 
@@ -159,7 +159,7 @@ def classify(mask: Mask, grid: Grid) -> BlockClasses:
     """
     reading = interval_reading(mask)
     side = 1
-    while grid.planes * -(-grid.rows // side) * -(-grid.columns // side) > CELLS_TO_BEGIN_WITH:
+    while -(-grid.rows // side) * -(-grid.columns // side) > CELLS_TO_BEGIN_WITH:
         side *= SPLIT
     nothing = [torch.arange(0)] * 3
     full, partial, evaluated = [_rectangles(grid, nothing, 1)], [_rectangles(grid, nothing, 1)], 0

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from oracles import dense, dense_classes, grids, indices, masks, painted
 
-from flexsparse import kv_idx, lookup, q_idx
+from flexsparse import b, h, kv_idx, lookup, q_idx
 from flexsparse.classify import CELLS_TO_BEGIN_WITH, Grid, classify
 from flexsparse.expr import TENSOR_READING, VARIABLES, Mask, evaluate
 from flexsparse.masks import causal, full, sink, window
@@ -72,6 +72,12 @@ def test_full_cells_stay_whole():
     classes = classify(full, Grid(n, n, 0, (128, 128), 1, (0,)))
     assert len(classes.full.plane) <= CELLS_TO_BEGIN_WITH
     assert classes.full.blocks == (n // 128) ** 2
+
+
+def test_planes_may_be_more_than_cells_to_begin_with():
+    grid = Grid(60, 200, 0, (16, 16), 2 * CELLS_TO_BEGIN_WITH, (0, 5))
+    mask = (kv_idx <= q_idx + b) & (kv_idx > h)
+    assert torch.equal(painted(classify(mask, grid)), dense_classes(dense(mask, grid), (16, 16)))
 
 
 def test_a_ragged_last_block_is_at_most_partial():
