@@ -111,7 +111,7 @@ def _run(
     scale, score_mod, dropout, return_lse = modifiers
     name = _choose(launch, q, k, v, modifiers, executor)
     if name == "sdpa":
-        return sdpa.run(q, k, v, launch.mask, scale=scale), None
+        return sdpa.run(q, k, v, launch.mask, launch.classes.grid, scale=scale), None
     if name == "flash":
         assert launch.band is not None
         return flash.run(q, k, v, launch.band, scale=scale), None

@@ -1,7 +1,11 @@
 """at() and row() against the whole run: prefill in chunks, decoding."""
 
 import pickle
+import re
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -107,6 +111,18 @@ def test_a_launch_of_a_row_has_its_lists_ready():
         torch.testing.assert_close(row(one, k, v, executor="blockwise"), exact)
 
 
+def test_one_causal_query_is_dense_attention_over_the_keys_so_far():
+    q, k, v = torch.randn(2, 4, 1, 16), *torch.randn(2, 2, 2, 300, 16)
+    attend = compile_mask(causal, 300, 300)
+    for position in (0, 1, 170, 299, 1000):
+        row = attend.row(position)
+        assert row.launches[0].usual_executor == "sdpa"
+        torch.testing.assert_close(row(q, k, v), row(q, k, v, executor="reference"))
+    before = attend.row(-1)  # no key is before it
+    assert before.launches[0].usual_executor == "flex"
+    assert before(q, k, v, executor="reference").abs().max() == 0
+
+
 def test_full_blocks_of_a_row_need_no_mask():
     launch = compile_mask(STREAMING, 1000, 1000).row(999).launches[0]
     assert launch.classes.full.blocks == 0
@@ -147,3 +163,15 @@ def test_decoding_compiles_one_kernel():
         out = row(one, k, v, executor="flex")
         torch.testing.assert_close(out, row(one, k, v, executor="reference"))
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.slow
+def test_the_example_runs():
+    script = Path(__file__).parent.parent / "examples" / "decoding.py"
+    sizes = ["--tokens", "700", "--steps", "5", "--chunk", "300", "--head-dim", "16"]
+    done = subprocess.run(
+        [sys.executable, script, *sizes], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    difference = re.search(r"one run over 700 tokens: (\S+)", done.stdout)
+    assert float(difference[1]) < 1e-5

@@ -23,9 +23,10 @@ def unsupported(
     return_lse: bool = False,
 ) -> str | None:
     """Why scaled_dot_product_attention cannot run this mask, as a sentence, or None if it can."""
-    # torch's is_causal counts both positions from 0
-    if mask != everything and (mask != CAUSAL or grid.q_offset != 0):
-        return "the mask is neither full nor causal from position 0"
+    # torch's is_causal counts both positions from 0; to one query, causal is the first keys
+    from_the_first = grid.q_offset == 0 or (grid.q_len == 1 and grid.q_offset > 0)
+    if mask != everything and not (mask == CAUSAL and from_the_first):
+        return "the mask is neither full nor causal from position 0, or of one query"
     if score_mod is not None:
         return "scaled_dot_product_attention takes no score_mod"
     if dropout is not None:
@@ -35,8 +36,13 @@ def unsupported(
     return None
 
 
-def run(q: Tensor, k: Tensor, v: Tensor, mask: Mask, *, scale: float | None = None) -> Tensor:
+def run(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask, grid: Grid, *, scale: float | None = None
+) -> Tensor:
     """Attention under a full or causal mask: [B, n_heads, q_len, Dv]."""
     gqa = q.shape[1] != k.shape[1]
     causal = mask != everything
+    if causal and grid.q_len == 1:
+        seen = min(grid.q_offset + 1, grid.kv_len)
+        k, v, causal = k[:, :, :seen], v[:, :, :seen], False
     return scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=gqa)
