@@ -100,7 +100,7 @@ class CompiledMask:
         device: torch.device,
         compile_seconds: float,
     ) -> None:
-        grid = launches[0].classes.grid
+        grid = launches[0].grid
         self.masks = masks
         self.launches = launches
         self.q_len, self.kv_len, self.q_offset = grid.q_len, grid.kv_len, grid.q_offset
@@ -229,7 +229,7 @@ class CompiledMask:
             classes = self._all_heads()
             alone = len(self.launches) == 1
             mask = self.launches[0].mask if alone else self.masks.mask(self.device)
-            wide = any(needs_int64(x.mask, x.classes.grid) for x in self.launches)
+            wide = any(needs_int64(x.mask, x.grid) for x in self.launches)
             mask_mod = LoweredMask(mask, self.device, self.q_offset, wide)
             kept = write_kept_blocks(classes, self.device)
             self._block_mask = block_mask(classes.grid, kept, mask_mod)
@@ -258,8 +258,8 @@ class CompiledMask:
         if len(self.launches) == 1:
             return self.launches[0].classes
         assert self.n_heads is not None
-        batch = max(launch.classes.grid.batch for launch in self.launches)
-        grid = self.launches[0].classes.grid._replace(batch=batch, heads=tuple(range(self.n_heads)))
+        batch = max(launch.grid.batch for launch in self.launches)
+        grid = self.launches[0].grid._replace(batch=batch, heads=tuple(range(self.n_heads)))
         return BlockClasses.of_planes(
             grid, [(launch.classes, launch.heads) for launch in self.launches]
         )

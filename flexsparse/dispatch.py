@@ -111,7 +111,7 @@ def _run(
     scale, score_mod, dropout, return_lse = modifiers
     name = _choose(launch, q, k, v, modifiers, executor)
     if name == "sdpa":
-        return sdpa.run(q, k, v, launch.mask, launch.classes.grid, scale=scale), None
+        return sdpa.run(q, k, v, launch.mask, launch.grid, scale=scale), None
     if name == "flash":
         assert launch.band is not None
         return flash.run(q, k, v, launch.band, scale=scale), None
@@ -123,7 +123,7 @@ def _run(
             v,
             *launch.sinks_and_windows(heads),
             scale=scale,
-            q_offset=launch.classes.grid.q_offset,
+            q_offset=launch.grid.q_offset,
             max_sink=max(sink for sink, _ in launch.streams),
             return_lse=return_lse,
         )

@@ -65,7 +65,8 @@ def _launch(heads: tuple[int, ...], mask: Mask, whole: Grid, device: torch.devic
         # numbers past every key mean the same, and fit the kernels' int32
         stream = min(sink, grid.kv_len), min(window, max(grid.q_offset + grid.q_len, 1))
     streams = stream and (stream,)
-    return Launch(heads, mask, classify(mask, grid), device, streams, flash.band(mask, grid))
+    classes = classify(mask, grid)
+    return Launch(heads, mask, grid, device, lambda: classes, streams, flash.band(mask, grid))
 
 
 def _group(launch: Launch) -> Hashable:
@@ -83,7 +84,7 @@ def _are_small(group: Sequence[Launch]) -> bool:
     on_cpu = group[0].device.type == "cpu"
     entries = 0
     for launch in group:
-        grid = launch.classes.grid
+        grid = launch.grid
         # on CPU the lists are as wide as the grid
         a_plane = grid.batch * grid.rows * grid.columns if on_cpu else launch.classes.blocks
         entries += len(launch.heads) * a_plane
@@ -111,7 +112,7 @@ def _unified(group: Sequence[Launch], whole: Grid) -> Launch:
         grid, [(x.classes, [places[head] for head in x.heads]) for x in group]
     )
     of_each = tuple(streams[head] for head in heads) if len(streams) == len(heads) else None
-    return Launch(heads, mask.named(", ".join(names)), classes, device, of_each)
+    return Launch(heads, mask.named(", ".join(names)), grid, device, lambda: classes, of_each)
 
 
 def _streaming(sink: int, window: int) -> Mask:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -16,7 +17,7 @@ from flexsparse.dropout import Dropout, ScoreMod
 from flexsparse.executors import blockwise, flash, flex, sdpa, streaming
 from flexsparse.expr import Mask
 from flexsparse.hints import kernel_options
-from flexsparse.lower import MaskMod, lower
+from flexsparse.lower import Lowering, MaskMod, lowering
 from flexsparse.needed import needed
 from flexsparse.tensors import Opaque
 from flexsparse.validate import needs_int64
@@ -30,32 +31,39 @@ class Launch:
 
     heads: the query heads it computes
     mask: their mask; it reads h where the heads differ
-    classes: the class of every block; its grid has one plane where the heads share their blocks
+    grid: where the mask is looked at; one plane where the heads share their blocks
     device: where it runs
+    find_classes: gives the class of every block of the grid
     streams: (sink, window) of each head, or of all, where the mask is `causal & (sink | window)`
     band: the mask as FlashAttention knows it, if it does
     """
 
     heads: tuple[int, ...]
     mask: Mask
-    classes: BlockClasses
+    grid: Grid
     device: torch.device
+    find_classes: Callable[[], BlockClasses]
     streams: tuple[tuple[int, int], ...] | None = None
     band: flash.Band | None = None
     _block_masks: dict[tuple[int, ...], CompactBlockMask] = field(default_factory=dict, init=False)
-    _needed: dict[tuple[int, ...], Mask] = field(default_factory=dict, init=False)
+    _lowerings: dict[tuple[int, ...], Lowering] = field(default_factory=dict, init=False)
     _hints: dict[tuple[int, ...], dict[str, bool]] = field(default_factory=dict, init=False)
     _numbers: dict[tuple[int, ...], tuple[Tensor, Tensor]] = field(default_factory=dict, init=False)
+
+    @functools.cached_property
+    def classes(self) -> BlockClasses:
+        """The class of every block."""
+        return self.find_classes()
 
     @property
     def has_planes(self) -> bool:
         """Whether each head has blocks of its own."""
-        return len(self.classes.grid.heads) > 1
+        return len(self.grid.heads) > 1
 
     @property
     def usual_executor(self) -> str:
         """What runs a forward pass in half precision, without a score_mod and without the LSE."""
-        if sdpa.unsupported(self.mask, self.classes.grid) is None:
+        if sdpa.unsupported(self.mask, self.grid) is None:
             return "sdpa"
         if self.device.type == "cuda":
             if self.band is not None and flash.missing() is None:
@@ -79,14 +87,13 @@ class Launch:
         return_lse: bool = False,
     ) -> dict[str, str | None]:
         """Each executor, the preferred one first, with why it cannot run these inputs, or None."""
-        grid = self.classes.grid
         no_band = None if self.band else "the mask is not one band that ends at the last key"
         no_streams = None if self.streams else "the mask is not causal & (sink(s) | window(w))"
         if score_mod is not None or dropout is not None:
             no_streams = no_streams or "the streaming kernels take neither score_mod nor dropout"
         return {
             "sdpa": sdpa.unsupported(
-                self.mask, grid, score_mod=score_mod, dropout=dropout, return_lse=return_lse
+                self.mask, self.grid, score_mod=score_mod, dropout=dropout, return_lse=return_lse
             ),
             "flash": no_band
             or flash.unsupported(
@@ -96,7 +103,7 @@ class Launch:
             or streaming.unsupported(q, k, v, *self.sinks_and_windows(range(q.shape[1]))),
             "flex": self._not_elementwise()
             or flex.unsupported(q, k, v, dropout=dropout, return_lse=return_lse),
-            "blockwise": blockwise.unsupported(q, k, v, grid.block_size),
+            "blockwise": blockwise.unsupported(q, k, v, self.grid.block_size),
             "reference": None,
         }
 
@@ -117,16 +124,19 @@ class Launch:
 
         Its lists are taken from those of this launch; block_size is what they are said to be of.
         """
-        grid = self.classes.grid
+        grid = self.grid
         its_grid = grid._replace(q_len=1, q_offset=grid.q_offset + row, block_size=block_size)
-        classes = self.classes.of_row(row, its_grid)
-        launch = replace(self, classes=classes, band=flash.band(self.mask, its_grid))
+        launch = replace(
+            self,
+            grid=its_grid,
+            find_classes=lambda: self.classes.of_row(row, its_grid),
+            band=flash.band(self.mask, its_grid),
+        )
         launch._hints.update(self._hints)
         launch._numbers.update(self._numbers)
         for heads, lists in self._block_masks.items():
-            of_heads = its_grid._replace(heads=heads or grid.heads)
-            mask_mod = self._lowered(self._needed[heads], of_heads)
-            launch._block_masks[heads] = lists.row(row, of_heads, mask_mod)
+            mask_mod = self._lowerings[heads].at(its_grid.q_offset)
+            launch._block_masks[heads] = lists.row(row, its_grid, mask_mod)
         launch.prepare()
         return launch
 
@@ -147,10 +157,8 @@ class Launch:
 
     def mask_mod(self, heads: Sequence[int]) -> MaskMod:
         """The whole mask, exact for every element, of some of its heads counted from 0."""
-        grid = self.classes.grid
-        return self._lowered(
-            self.mask, grid._replace(heads=tuple(heads)) if self.has_planes else grid
-        )
+        lowered = self._lowering(self.mask, tuple(heads) if self.has_planes else self.grid.heads)
+        return lowered.at(self.grid.q_offset)
 
     def sinks_and_windows(self, heads: Sequence[int]) -> tuple[Tensor, Tensor]:
         """`streams` of some heads as int32 tensors [heads], sinks and windows."""
@@ -168,8 +176,7 @@ class Launch:
         if heads and heads != classes.grid.heads:
             classes = classes.of_heads(heads)
         grid = classes.grid
-        self._needed[heads] = needed(self.mask, classes)
-        mask_mod = self._lowered(self._needed[heads], grid)
+        lowered = self._lowerings[heads] = self._lowering(needed(self.mask, classes), grid.heads)
         # On CPU torch wants lists as wide as the grid, and has no backward that would read q lists.
         # Overlapping views are that wide and take no memory, but each width costs a kernel: they
         # are for grids whose lists would be large.
@@ -178,9 +185,10 @@ class Launch:
         kept = write_kept_blocks(classes, self.device, compact=compact, q_lists=not on_cpu)
         if not on_cpu:
             self._hints[heads] = kernel_options(self.mask, classes, kept)
-        return block_mask(grid, kept, mask_mod, widen=on_cpu)
+        return block_mask(grid, kept, lowered.at(grid.q_offset), widen=on_cpu)
 
-    def _lowered(self, mask: Mask, grid: Grid) -> MaskMod:
+    def _lowering(self, mask: Mask, heads: tuple[int, ...]) -> Lowering:
         # a kernel counts its heads from 0
-        renumbered = None if grid.heads == tuple(range(len(grid.heads))) else grid.heads
-        return lower(mask, self.device, grid.q_offset, renumbered, needs_int64(mask, grid))
+        renumbered = None if heads == tuple(range(len(heads))) else heads
+        wide = needs_int64(mask, self.grid._replace(heads=heads))
+        return lowering(mask, self.device, renumbered, wide)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import linecache
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,24 @@ INT32_MAX = 2**31 - 1
 CASTS = ("narrow", "float", "truncate")
 
 
+class Lowering(NamedTuple):
+    """A mask as Python code and its data, without the position of query row 0.
+
+    bind: makes the mask_mod of torch, numbers and tables
+    numbers: of the mask, each an integer tensor
+    tables: the tensors and functions that it reads
+    """
+
+    bind: Callable[..., MaskMod]
+    numbers: tuple[Tensor, ...]
+    tables: tuple[Any, ...]
+    device: torch.device
+
+    def at(self, q_offset: int) -> MaskMod:
+        """The mask_mod whose query row 0 stands at position q_offset, in tokens."""
+        return self.bind(torch, *_numbers([q_offset], self.device), *self.numbers, *self.tables)
+
+
 def lower(
     mask: Mask,
     device: torch.device,
@@ -36,20 +54,29 @@ def lower(
 ) -> MaskMod:
     """The mask as a mask_mod of row numbers: query row r stands at position r + q_offset.
 
+    The arguments are those of `lowering`.
+    """
+    return lowering(mask, device, heads, wide).at(q_offset)
+
+
+def lowering(
+    mask: Mask, device: torch.device, heads: Sequence[int] | None = None, wide: bool = False
+) -> Lowering:
+    """The mask as code and data.
+
     Args:
         mask: what to lower.
         device: where the kernel runs; the mask's tables must be there already.
-        q_offset: position of query row 0, in tokens.
         heads: the head that each head index of the launch stands for; None where they are the same.
         wide: compute in int64 because some index leaves int32 (kernels count in int32).
     """
-    numbers: list[int] = [q_offset]
+    numbers: list[int] = []
     tables: list[Any] = []
     lines: list[str] = []
 
     def number(value: int) -> str:
         numbers.append(value)
-        return f"n{len(numbers) - 1}"
+        return f"n{len(numbers)}"  # n0 is q_offset
 
     def table(tensor: Any) -> str:
         tables.append(tensor)
@@ -93,10 +120,15 @@ def lower(
             text = TEXT_READING.get(node.op, f"{{}} {node.op} {{}}").format(*args)
         names[id(node)] = f"v{len(lines)}"
         lines.append(f"v{len(lines)} = {text}")
-    bind = _bind(_function(lines, names[id(mask)], len(numbers), len(tables)))
-    dtype = torch.int32 if max(map(abs, numbers)) <= INT32_MAX else torch.int64
-    mask_mod: MaskMod = bind(torch, *torch.tensor(numbers, dtype=dtype, device=device), *tables)
-    return mask_mod
+    bind = _bind(_function(lines, names[id(mask)], 1 + len(numbers), len(tables)))
+    return Lowering(bind, _numbers(numbers, device), tuple(tables), device)
+
+
+def _numbers(numbers: list[int], device: torch.device) -> tuple[Tensor, ...]:
+    """Numbers as tensors without dimensions, int32 if they all fit."""
+    fits = max(map(abs, numbers), default=0) <= INT32_MAX
+    dtype = torch.int32 if fits else torch.int64
+    return torch.tensor(numbers, dtype=dtype, device=device).unbind()
 
 
 class LoweredMask:

@@ -1,6 +1,7 @@
 """What runs where: the launches of a plan, and that their outputs come together rightly."""
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -11,7 +12,6 @@ from flexsparse import ExecutorError, compile_mask, everything, h, kv_idx, per_h
 from flexsparse.classify import Grid
 from flexsparse.dropout import Dropout, is_kept
 from flexsparse.executors import flash, flex
-from flexsparse.launch import Launch
 from flexsparse.masks import causal, packed, same_document, sink, window
 
 CPU = torch.device("cpu")
@@ -44,7 +44,7 @@ def test_heads_that_differ_in_numbers_alone_are_one_launch():
     ]
     attend = compile_mask(per_head(masks), 300, 300)
     assert [launch.heads for launch in attend.launches] == [(0, 2), (1, 3), (4,)]
-    assert attend.launches[1].classes.grid.heads == (1, 3)
+    assert attend.launches[1].grid.heads == (1, 3)
 
 
 def test_heads_with_many_blocks_stay_apart():
@@ -273,9 +273,7 @@ def cuda_launch(mask, q_len, kv_len):
     """The launch of a mask as it would be on CUDA, which this machine need not have."""
     compiled = compile_mask(mask, q_len, kv_len)
     (launch,) = compiled.launches
-    return Launch(
-        launch.heads, launch.mask, launch.classes, torch.device("cuda"), launch.streams, launch.band
-    )
+    return replace(launch, device=torch.device("cuda"))
 
 
 @pytest.mark.parametrize(

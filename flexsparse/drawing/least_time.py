@@ -112,7 +112,7 @@ def work(
     flops_of_pair = 2 * PRODUCTS * head_dim * batch
     found = []
     for launch in attend.launches:
-        grid = launch.classes.grid
+        grid = launch.grid
         own = launch.heads if attend.n_heads else range(heads)
         pairs = _pairs(launch.classes) / grid.planes
         of_kv = len({h * kv_heads // heads for h in own})
@@ -159,7 +159,7 @@ def _picture(launches: Sequence[Work], device: Device, attend: CompiledMask) -> 
     colours = [css(LIGHT.full)] * (len(launches) - 1) + [QUIET]
     _roof(_axes(sheet, 0.9, 0.75, PLOT), launches, device, colours)
     _times(sheet, x, 0.75, launches, device, colours)
-    grid = attend.launches[0].classes.grid
+    grid = attend.launches[0].grid
     total = sum(launch.seconds(device) for launch in launches[:-1])
     lines = [
         f"All launches: {scaled(total, 's')}; dense attention: "
