@@ -27,6 +27,7 @@ import flexsparse as fs
 from flexsparse import ExecutorError, MaskError
 from flexsparse.integrations import transformers as integration
 from flexsparse.integrations.transformers import attention, rules
+from flexsparse.integrations.transformers.rows import ALL_HEADS, Pick, attend_row, pick
 from flexsparse.masks import causal
 from flexsparse.plan import SparsePlan
 
@@ -141,6 +142,55 @@ def test_a_step_of_decoding_compiles_nothing(llama, ids):
         llama(ids, past_key_values=cache)
         with mock.patch.object(rules, "compile_mask", side_effect=AssertionError):
             llama(ids[:, :1], past_key_values=cache)
+
+
+def kept_keys(chances, batch=2, group=3, kv_len=200):
+    """bool [batch, kv heads, group, kv_len], true by each kv head's chance."""
+    chances = torch.tensor(chances).view(1, -1, 1, 1)
+    return torch.rand(batch, chances.shape[1], group, kv_len) < chances
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize(
+    "chances", [(0.01, 1, 0.5, 0, 0.03), (0.02,), (1,), (0, 0), (0.5, 0.04, 0.6, 1)]
+)
+def test_keys_that_few_heads_keep_are_all_that_is_read(chances, softcap):
+    kept = kept_keys(chances)
+    picks = pick(kept)
+    kv_heads = len(chances)
+    q = torch.randn(2, 3 * kv_heads, 1, 16)
+    k, v = torch.randn(2, 2, kv_heads, 200, 16)
+    expected = attend_row(q, k, v, [Pick(ALL_HEADS, None, kept)], 0.3, softcap, 0.0)
+    seen = kept.any(2)
+    is_few = seen.sum(-1).amax(0) <= 50
+    for x in (k, v):  # what was read would be seen
+        x.masked_fill_((~seen & is_few[:, None])[..., None], torch.nan)
+        x[:, :, 0] = x[:, :, 0].nan_to_num()  # which fills up
+    torch.testing.assert_close(attend_row(q, k, v, picks, 0.3, softcap, 0.0), expected)
+    few = [x for x in picks if x.keys is not None]
+    assert len(few) == is_few.any()
+    for heads, keys, _ in few:
+        assert heads.tolist() == is_few.nonzero().flatten().tolist()
+        assert keys.shape[2] == max(1, int(seen.sum(-1).amax(0)[is_few].max()))
+
+
+def test_heads_that_keep_every_key_need_no_mask():
+    kept = kept_keys((1, 0, 1))
+    kept[:, 1, :, 5:9] = True
+    assert [x.kept for x in pick(kept)] == [None, None, None]
+    assert [x.kv_heads for x in pick(kept)[:2]] == [slice(0, 1), slice(2, 3)]
+
+
+def test_gradients_of_a_row_are_those_of_dense_attention():
+    kept = kept_keys((0.05, 0.5))
+    q = torch.randn(2, 6, 1, 16, dtype=torch.float64)
+    k, v = torch.randn(2, 2, 2, 200, 16, dtype=torch.float64)
+    grads = []
+    for picks in (pick(kept), [Pick(ALL_HEADS, None, kept)]):
+        inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+        attend_row(*inputs, picks, None, None, 0.0).square().sum().backward()
+        grads.append([x.grad for x in inputs])
+    torch.testing.assert_close(*grads)
 
 
 def test_equal_layers_are_compiled_once_and_later_forwards_not_at_all(ids):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from flexsparse.errors import ExecutorError
 from flexsparse.expr import everything
 from flexsparse.heads import PerHead
 from flexsparse.integrations.transformers.masks import BlocksMask, ModelMask, RowMask
+from flexsparse.integrations.transformers.rows import EVERYTHING, attend_row
 from flexsparse.plan import masks_at
 from flexsparse.tracing import from_mask_mod
 
@@ -96,8 +96,10 @@ def attention_forward(
     if isinstance(attention_mask, BlocksMask):
         out = _attend_blocks(query, key, value, attention_mask, masks, scaling, softcap, dropout)
     else:
-        kept = attention_mask.and_also(masks) if isinstance(attention_mask, RowMask) else None
-        out = _attend_rows(query, key, value, kept, scaling, softcap, dropout)
+        picks = EVERYTHING
+        if isinstance(attention_mask, RowMask):
+            picks = attention_mask.picks(masks, key.shape[1])
+        out = attend_row(query, key, value, picks, scaling, softcap, dropout)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -172,32 +174,3 @@ def _soft_cap(cap: float) -> ScoreMod:
         return cap * torch.tanh(score / cap)
 
     return soft_cap
-
-
-def _attend_rows(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kept: Tensor | None,
-    scale: float | None,
-    softcap: float | None,
-    dropout: float,
-) -> Tensor:
-    """Dense attention of few queries; `kept` is boolean [B, n_heads, 1, kv_len] or None."""
-    b, n_heads, q_len, head_dim = q.shape
-    n_kv_heads = k.shape[1]
-    # the query heads of a kv head as its queries, so that k and v are not repeated
-    q = q.reshape(b, n_kv_heads, -1, head_dim)
-    if kept is not None:
-        kept = kept.to(q.device).reshape(b, n_kv_heads, -1, k.shape[2])
-    if softcap is None:
-        out = functional.scaled_dot_product_attention(q, k, v, kept, dropout, scale=scale)
-    else:
-        scores = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32))
-        scores = scores * (head_dim**-0.5 if scale is None else scale)
-        scores = softcap * torch.tanh(scores / softcap)
-        if kept is not None:
-            scores = scores.masked_fill(~kept, -math.inf)
-        weights = scores.softmax(-1).nan_to_num(0.0)  # a row that sees nothing is 0
-        out = functional.dropout(weights, dropout).to(v.dtype) @ v
-    return out.reshape(b, n_heads, q_len, v.shape[3])

@@ -12,6 +12,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from flexsparse.compiler import CompiledMask
 from flexsparse.heads import PerHead
 from flexsparse.integrations.transformers import rules
+from flexsparse.integrations.transformers.rows import ALL_HEADS, Pick, pick
 
 MaskMod = Callable[..., Tensor]
 
@@ -114,17 +115,24 @@ class RowMask(ModelMask):
             first = padding.int().argmax(1).view(-1, 1, 1, 1)
             q, kv = (q - first).clamp(min=0), (kv - first).clamp(min=0)
         self.kept, self.q_place, self.kv_place = kept, q, kv
-        self._of_layers: dict[PerHead, Tensor] = {}
+        self._picks: dict[tuple[PerHead, int], list[Pick]] = {}
+
+    def picks(self, masks: PerHead, n_kv_heads: int) -> list[Pick]:
+        """The keys to read for each kv head of a layer, found once for all layers alike."""
+        if torch.compiler.is_compiling():
+            # how many keys are kept is data, which a graph does not know
+            return [Pick(ALL_HEADS, None, self._of_kv_heads(masks, n_kv_heads))]
+        key = masks, n_kv_heads
+        if key not in self._picks:
+            self._picks[key] = pick(self._of_kv_heads(masks, n_kv_heads))
+        return self._picks[key]
+
+    def _of_kv_heads(self, masks: PerHead, n_kv_heads: int) -> Tensor:
+        """`and_also` as bool [batch, n_kv_heads, query heads of each, kv_len]."""
+        return self.and_also(masks)[:, :, 0].unflatten(1, (n_kv_heads, -1))
 
     def and_also(self, masks: PerHead) -> Tensor:
         """What the masks of a layer's heads keep of it, bool [batch, n_heads, 1, kv_len]."""
-        if torch.compiler.is_compiling():
-            return self._and_also(masks)
-        if masks not in self._of_layers:
-            self._of_layers[masks] = self._and_also(masks)
-        return self._of_layers[masks]
-
-    def _and_also(self, masks: PerHead) -> Tensor:
         device = self.kept.device
         batch = torch.arange(self.batch, device=device).view(-1, 1, 1, 1)
         heads = torch.arange(masks.n_heads, device=device).view(1, -1, 1, 1)
