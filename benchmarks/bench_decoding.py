@@ -1,4 +1,4 @@
-"""A step of decoding over a cache of N keys: planned and run, beside torch's way and dense attention.
+"""A step of decoding over a cache of N keys, beside torch's way and dense attention.
 
     python benchmarks/bench_decoding.py       # 3 minutes; writes benchmarks/results/decoding.json
 

@@ -143,8 +143,8 @@ class CompiledMask:
                 row of q, row of k) alone, whatever the executor. Drawn from torch's generator if
                 not given.
             return_lse: also return the log of the sum of exponentials of each row's scores.
-            executor: insist on "sdpa", "flash", "streaming", "flex", "blockwise" or "reference"; by
-                default flexsparse chooses.
+            executor: insist on "sdpa", "flash", "streaming", "gather", "flex", "blockwise" or
+                "reference"; by default flexsparse chooses.
 
         Returns:
             out [B, n_heads, q_len, Dv], or (out, lse) with lse float32 [B, n_heads, q_len].

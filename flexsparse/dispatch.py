@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flexsparse.dropout import Dropout, ScoreMod
 from flexsparse.errors import ExecutorError
-from flexsparse.executors import blockwise, flash, flex, reference, sdpa, streaming
+from flexsparse.executors import blockwise, flash, flex, gather, reference, sdpa, streaming
 from flexsparse.launch import Launch
 from flexsparse.lower import padded
 
@@ -43,7 +43,8 @@ def attend(
 ) -> tuple[Tensor, Tensor | None]:
     """Run each launch on the executor asked for, or on the first that can.
 
-    sdpa runs full and causal heads, flash bands, streaming sinks with windows, flex any mask.
+    sdpa runs full and causal heads, flash bands, streaming sinks with windows, gather one query on
+    CPU, flex any mask.
     blockwise is plain PyTorch: slower than flex, it runs everywhere and has gradients, dropout and
     the LSE also on CPU. reference is dense, and runs only when it is asked for.
 
@@ -127,6 +128,8 @@ def _run(
             max_sink=max(sink for sink, _ in launch.streams),
             return_lse=return_lse,
         )
+    if name == "gather":
+        return gather.run(q, k, v, launch.keys_seen, scale=scale), None
     options: dict[str, Any] = {"scale": scale, "score_mod": score_mod, "dropout": dropout}
     if name == "reference":
         return reference.run(q, k, v, launch.mask_mod(heads), **options)
@@ -140,7 +143,7 @@ def _run(
 def _choose(
     launch: Launch, q: Tensor, k: Tensor, v: Tensor, modifiers: Modifiers, executor: str | None
 ) -> str:
-    reasons = launch.executors(
+    found = launch.executors(
         q,
         k,
         v,
@@ -148,12 +151,13 @@ def _choose(
         dropout=modifiers.dropout,
         return_lse=modifiers.return_lse,
     )
-    chosen = next(name for name, reason in reasons.items() if reason is None)
     if executor is None:
-        return chosen
+        return next(name for name, reason in found if reason is None)
+    reasons = dict(found)
     if executor not in reasons:
         raise ExecutorError(f"There is no executor {executor!r}; there are {', '.join(reasons)}.")
     if reasons[executor] is not None:
+        chosen = next(name for name, reason in reasons.items() if reason is None)
         raise ExecutorError(
             f"executor={executor!r} cannot run this call: {reasons[executor]}. Drop executor= to "
             f"let flexsparse choose (it would choose {chosen})."

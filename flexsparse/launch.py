@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from flexsparse.blocks import CompactBlockMask, block_mask, write_kept_blocks
 from flexsparse.classify import BlockClasses, Grid
 from flexsparse.cost import Cost, cost
 from flexsparse.dropout import Dropout, ScoreMod
-from flexsparse.executors import blockwise, flash, flex, sdpa, streaming
+from flexsparse.executors import blockwise, flash, flex, gather, sdpa, streaming
 from flexsparse.expr import Mask
 from flexsparse.hints import kernel_options
 from flexsparse.lower import Lowering, MaskMod, lowering
@@ -70,6 +71,8 @@ class Launch:
                 return "flash"
             if self.streams is not None and streaming.missing() is None:
                 return "streaming"
+        if gather.unsupported(self.grid, self.device) is None:
+            return "gather"
         return "blockwise" if self._not_elementwise() or flex.missing(self.device) else "flex"
 
     def cost(self, head_dim: int, element_size: int) -> Cost:
@@ -85,27 +88,32 @@ class Launch:
         score_mod: ScoreMod | None = None,
         dropout: Dropout | None = None,
         return_lse: bool = False,
-    ) -> dict[str, str | None]:
+    ) -> Iterator[tuple[str, str | None]]:
         """Each executor, the preferred one first, with why it cannot run these inputs, or None."""
-        no_band = None if self.band else "the mask is not one band that ends at the last key"
         no_streams = None if self.streams else "the mask is not causal & (sink(s) | window(w))"
         if score_mod is not None or dropout is not None:
             no_streams = no_streams or "the streaming kernels take neither score_mod nor dropout"
-        return {
-            "sdpa": sdpa.unsupported(
-                self.mask, self.grid, score_mod=score_mod, dropout=dropout, return_lse=return_lse
-            ),
-            "flash": no_band
-            or flash.unsupported(
-                q, k, v, score_mod=score_mod, dropout=dropout, return_lse=return_lse
-            ),
-            "streaming": no_streams
-            or streaming.unsupported(q, k, v, *self.sinks_and_windows(range(q.shape[1]))),
-            "flex": self._not_elementwise()
-            or flex.unsupported(q, k, v, dropout=dropout, return_lse=return_lse),
-            "blockwise": blockwise.unsupported(q, k, v, self.grid.block_size),
-            "reference": None,
+        asked: dict[str, Any] = {
+            "score_mod": score_mod,
+            "dropout": dropout,
+            "return_lse": return_lse,
         }
+        yield "sdpa", sdpa.unsupported(self.mask, self.grid, **asked)
+        no_band = None if self.band else "the mask is not one band that ends at the last key"
+        yield "flash", no_band or flash.unsupported(q, k, v, **asked)
+        yield (
+            "streaming",
+            no_streams
+            or streaming.unsupported(q, k, v, *self.sinks_and_windows(range(q.shape[1]))),
+        )
+        yield "gather", gather.unsupported(self.grid, q.device, **asked)
+        yield (
+            "flex",
+            self._not_elementwise()
+            or flex.unsupported(q, k, v, dropout=dropout, return_lse=return_lse),
+        )
+        yield "blockwise", blockwise.unsupported(q, k, v, self.grid.block_size)
+        yield "reference", None
 
     def _not_elementwise(self) -> str | None:
         """Why kernels cannot compile the mask, or None if they can."""
@@ -116,7 +124,7 @@ class Launch:
 
     def prepare(self) -> None:
         """Write the lists that the usual executor reads."""
-        if self.usual_executor in ("flex", "blockwise"):
+        if self.usual_executor in ("gather", "flex", "blockwise"):
             self.block_mask(self.heads)
 
     def row(self, row: int, block_size: tuple[int, int]) -> Launch:
@@ -170,6 +178,11 @@ class Launch:
             both = torch.tensor(numbers, dtype=torch.int32).T.contiguous().to(self.device)
             self._numbers[key] = (both[0], both[1])
         return self._numbers[key]
+
+    @functools.cached_property
+    def keys_seen(self) -> Tensor:
+        """The keys that the one query sees, int64 [keys], of a launch that can gather them."""
+        return gather.keys_seen(self.mask, self.grid, self.block_mask(self.heads))
 
     def _write_block_mask(self, heads: tuple[int, ...]) -> CompactBlockMask:
         classes = self.classes

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from oracles import assert_same_lists, dense, dense_classes, grids, masks, painted
 
 import flexsparse as fs
-from flexsparse import compile_mask, h, kv_idx, lookup, per_head, q_idx
+from flexsparse import ExecutorError, compile_mask, h, kv_idx, lookup, per_head, q_idx
 from flexsparse.blocks import block_mask, write_kept_blocks
 from flexsparse.classify import classify
+from flexsparse.executors import gather
 from flexsparse.masks import causal, padding, sink, window
 from flexsparse.validate import problem
 
@@ -119,8 +120,49 @@ def test_one_causal_query_is_dense_attention_over_the_keys_so_far():
         assert row.launches[0].usual_executor == "sdpa"
         torch.testing.assert_close(row(q, k, v), row(q, k, v, executor="reference"))
     before = attend.row(-1)  # no key is before it
-    assert before.launches[0].usual_executor == "flex"
-    assert before(q, k, v, executor="reference").abs().max() == 0
+    assert before.launches[0].usual_executor == "gather"
+    assert before(q, k, v).abs().max() == 0
+
+
+@settings(max_examples=100)
+@given(masks, grids, st.data())
+def test_a_query_on_cpu_reads_the_keys_it_sees(mask, grid, data):
+    grid = grid._replace(batch=1, heads=(data.draw(st.sampled_from([0, 2])),))
+    assume(problem(mask, grid, CPU) is None)
+    row = data.draw(st.integers(0, grid.q_len - 1))
+    its_grid = one_row(grid, row, grid.block_size)
+    lists = block_mask(its_grid, write_kept_blocks(classify(mask, its_grid), CPU), mask)
+    keys = gather.keys_seen(mask, its_grid, lists)
+    assert keys.sort().values.tolist() == dense(mask, its_grid)[0, 0, 0].nonzero()[:, 0].tolist()
+
+
+def test_gathered_keys_are_read_without_a_kernel():
+    q, k, v = torch.randn(2, 4, 1, 16), *torch.randn(2, 2, 2, 700, 16)
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    row = compile_mask(STREAMING, 700, 700).row(650)
+    assert row.launches[0].usual_executor == "gather"
+    with torch._dynamo.config.patch(disable=True):  # without a compiler
+        out = row(*inputs, scale=0.3)
+    exact = row(*inputs, scale=0.3, executor="reference")
+    torch.testing.assert_close(out, exact)
+    weight = torch.randn_like(out)
+    grads = [torch.autograd.grad((x * weight).sum(), inputs) for x in (out, exact)]
+    torch.testing.assert_close(*grads)
+
+
+def test_what_gather_cannot_do_is_done_by_others():
+    q, k, v = torch.randn(1, 2, 1, 16), *torch.randn(2, 1, 2, 300, 16)
+    row = compile_mask(per_head([causal & window(9), causal & window(70)]), 300, 300).row(200)
+    with pytest.raises(ExecutorError, match="keys of their own"):
+        row(q, k, v, executor="gather")
+    row = compile_mask(STREAMING, 300, 300).row(200)
+    with pytest.raises(ExecutorError, match="returns no LSE"):
+        row(q, k, v, executor="gather", return_lse=True)
+    out, lse = row(q, k, v, return_lse=True)
+    exact, exact_lse = row(q, k, v, return_lse=True, executor="reference")
+    torch.testing.assert_close((out, lse), (exact, exact_lse))
+    with pytest.raises(ExecutorError, match="for one query, and there are 2"):
+        compile_mask(STREAMING, 2, 300)(torch.randn(1, 2, 2, 16), k, v, executor="gather")
 
 
 def test_full_blocks_of_a_row_need_no_mask():

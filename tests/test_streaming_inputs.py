@@ -109,7 +109,7 @@ def test_a_plan_goes_elsewhere_unless_these_kernels_are_asked_for(fake_cuda, mas
         attend, q = fs.compile_mask(mask, 64, 64, device="cpu"), torch.zeros(1, 2, 64, 32)
         with pytest.raises(ExecutorError, match=f"'streaming' cannot run this call: {reason}"):
             attend(q, q, q, executor="streaming")
-        reasons = attend.launches[0].executors(q, q, q)
+        reasons = dict(attend.launches[0].executors(q, q, q))
         assert next(name for name, reason in reasons.items() if reason is None) == "flex"
 
 

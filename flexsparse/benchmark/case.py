@@ -61,7 +61,7 @@ def case(workload: Workload, shape: Shape, device: torch.device) -> Case:
     lists = [
         launch.block_mask(launch.heads)
         for launch in attend.launches
-        if launch.usual_executor in ("flex", "blockwise")
+        if launch.usual_executor in ("gather", "flex", "blockwise")
     ]
     return Case(workload, shape, device, attend, Build(cold, warm, bytes_of(*lists)))
 

@@ -129,7 +129,7 @@ class RowMask(ModelMask):
 
     def _of_kv_heads(self, masks: PerHead, n_kv_heads: int) -> Tensor:
         """`and_also` as bool [batch, n_kv_heads, query heads of each, kv_len]."""
-        return self.and_also(masks)[:, :, 0].unflatten(1, (n_kv_heads, -1))
+        return self.and_also(masks).view(self.batch, n_kv_heads, -1, self.kv_len)
 
     def and_also(self, masks: PerHead) -> Tensor:
         """What the masks of a layer's heads keep of it, bool [batch, n_heads, 1, kv_len]."""

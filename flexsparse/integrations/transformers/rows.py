@@ -51,9 +51,9 @@ def pick(kept: Tensor) -> list[Pick]:
     picks = []
     for picked, run in itertools.groupby(range(len(is_few)), key=is_few.__getitem__):
         if not picked:
-            heads = list(run)
-            of_run = slice(heads[0], heads[-1] + 1)  # a view of the cache, where a list is a copy
-            everything = all(fewest[head] == kv_len for head in heads)
+            many = list(run)
+            of_run = slice(many[0], many[-1] + 1)  # a view of the cache, where a list is a copy
+            everything = all(fewest[head] == kv_len for head in many)
             picks.append(Pick(of_run, None, None if everything else kept[:, of_run]))
     if few:
         n = max(1, *(most[head] for head in few))
