@@ -188,6 +188,21 @@ def test_one_query_over_many_keys(executor):
     assert (out.float() - true).abs().max() <= 2**-7 * true.abs().max()
 
 
+@pytest.mark.parametrize(
+    "masks",
+    [[STREAMING, causal] * 4, [causal] * 8, [causal & window(100)] * 8, [causal & strided(3)] * 8],
+)
+def test_rows_of_a_mask_are_its_steps_of_decoding(masks):
+    q, k, v = (x.detach() for x in inputs((8, 2), (N, N)))
+    true = definition(q.float(), k.float(), v.float(), dense(masks, (N, N)))[0]
+    attend = compiled(masks, (N, N))
+    with torch.no_grad():
+        for position in (0, 63, 64, 150, N - 1):
+            here = slice(position, position + 1)
+            out = attend.row(position)(q[:, :, here], k, v)
+            assert (out.float() - true[:, :, here]).abs().max() <= 2**-7 * true.abs().max()
+
+
 def streaming_inputs(heads, length):
     tensors = inputs(heads, (length, length), d=128)
     return tensors, *torch.tensor([[64] * heads[0], [256] * heads[0]], device=DEVICE).int()
