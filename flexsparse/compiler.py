@@ -194,7 +194,12 @@ class CompiledMask:
 
         Args:
             position: of the query, in tokens.
+
+        Raises:
+            MaskError: position is not an int.
         """
+        if not isinstance(position, int) or isinstance(position, bool):
+            raise MaskError(f"row({position!r}): position must be an int, of the query in tokens.")
         place = position - self.q_offset
         if not 0 <= place < self.q_len:
             return self.at(1, self.kv_len, position)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from oracles import assert_same_lists, dense, dense_classes, grids, masks, painted
 
 import flexsparse as fs
-from flexsparse import ExecutorError, compile_mask, h, kv_idx, lookup, per_head, q_idx
+from flexsparse import ExecutorError, MaskError, compile_mask, h, kv_idx, lookup, per_head, q_idx
 from flexsparse.blocks import block_mask, write_kept_blocks
 from flexsparse.classify import classify
 from flexsparse.executors import gather
@@ -177,6 +177,14 @@ def test_a_query_outside_of_the_mask_is_analysed_for_itself():
     for position in (0, 799, 1000, 5000):
         row, exact = attend.row(position), attend.at(1, 1000, position)
         assert_same_lists(row.block_mask, exact.block_mask)
+
+
+@pytest.mark.parametrize("position", [3.0, "7", True, None, torch.tensor(5)])
+def test_a_position_that_is_no_int_is_refused(position):
+    attend = compile_mask(causal, 100, 100)
+    attend.row(5)
+    with pytest.raises(MaskError, match="position must be an int"):
+        attend.row(position)
 
 
 def test_rows_read_no_table_past_its_end():
