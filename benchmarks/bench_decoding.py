@@ -5,11 +5,12 @@
 8 query heads on 4 kv heads of 64, float32 on CPU and bfloat16 on a GPU, each step at the next
 position:
 
-- plan: attend.row(position)
-- step: attend.row(position)(q, k, v)
+- plan: row = attend.row(position), once for a step, whatever the layers
+- step: plan, and row(q, k, v) in the first layer
+- layer: row(q, k, v) in a later layer
 - grown: attend.at(1, position + 1)(q, k, v), keys so far alone
 - flex: compiled flex_attention with the row of blocks cut out of the whole BlockMask, as torch's
-  examples do, and a mask_mod that adds the position
+  examples do, and a mask_mod that adds the position; flex_layer is its later layer
 - dense: scaled_dot_product_attention over the keys so far
 """
 
@@ -52,23 +53,25 @@ def steps(length: int, device: torch.device, dtype: torch.dtype) -> dict:
         so_far = slice(0, position + 1)
         return attend.at(1, position + 1)(q, k[:, :, so_far], v[:, :, so_far])
 
-    def flex():
-        position = next(place["flex"])
+    def row_of_torch(position):
         offset = torch.tensor(position, device=device)
         row = whole[:, :, position // 128]
         row.seq_lengths = (1, length)
         row.mask_mod = lambda b, h, q_idx, kv_idx: whole.mask_mod(b, h, q_idx + offset, kv_idx)
-        return compiled(q, k, v, row)
+        return row
 
     def dense():
         so_far = slice(0, next(place["dense"]) + 1)
         return scaled_dot_product_attention(q, k[:, :, so_far], v[:, :, so_far], enable_gqa=True)
 
+    planned, planned_by_torch = attend.row(length // 2), row_of_torch(length // 2)
     return {
         "plan": lambda: attend.row(next(place["plan"])),
         "step": lambda: attend.row(next(place["step"]))(q, k, v),
+        "layer": lambda: planned(q, k, v),
         "grown": grown,
-        "flex": flex,
+        "flex": lambda: compiled(q, k, v, row_of_torch(next(place["flex"]))),
+        "flex_layer": lambda: compiled(q, k, v, planned_by_torch),
         "dense": dense,
     }
 
@@ -88,7 +91,7 @@ def main() -> None:
         times = take_turns(calls, device, budget=20)
         row = {"length": length}
         row |= {f"{name}_ms": round(taken.median, 4) for name, taken in times.items()}
-        row["step_to_dense"] = round(times["step"].median / times["dense"].median, 3)
+        row["layer_to_dense"] = round(times["layer"].median / times["dense"].median, 3)
         rows.append(row)
         print(json.dumps(row), flush=True)
     report = {

@@ -71,7 +71,7 @@ class Launch:
                 return "flash"
             if self.streams is not None and streaming.missing() is None:
                 return "streaming"
-        if gather.unsupported(self.grid, self.device) is None:
+        if self._not_gathered(self.device) is None:
             return "gather"
         return "blockwise" if self._not_elementwise() or flex.missing(self.device) else "flex"
 
@@ -106,7 +106,7 @@ class Launch:
             no_streams
             or streaming.unsupported(q, k, v, *self.sinks_and_windows(range(q.shape[1]))),
         )
-        yield "gather", gather.unsupported(self.grid, q.device, **asked)
+        yield "gather", self._not_gathered(q.device, **asked)
         yield (
             "flex",
             self._not_elementwise()
@@ -114,6 +114,10 @@ class Launch:
         )
         yield "blockwise", blockwise.unsupported(q, k, v, self.grid.block_size)
         yield "reference", None
+
+    def _not_gathered(self, device: torch.device, **asked: Any) -> str | None:
+        """Why keys cannot be gathered, or None if they can."""
+        return gather.unsupported(self.grid, device, **asked) or gather.too_many(self.keys_seen)
 
     def _not_elementwise(self) -> str | None:
         """Why kernels cannot compile the mask, or None if they can."""
@@ -180,8 +184,8 @@ class Launch:
         return self._numbers[key]
 
     @functools.cached_property
-    def keys_seen(self) -> Tensor:
-        """The keys that the one query sees, int64 [keys], of a launch that can gather them."""
+    def keys_seen(self) -> gather.Keys:
+        """The keys that the one query sees, of a launch of one query and one plane."""
         return gather.keys_seen(self.mask, self.grid, self.block_mask(self.heads))
 
     def _write_block_mask(self, heads: tuple[int, ...]) -> CompactBlockMask:

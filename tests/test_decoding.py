@@ -132,8 +132,8 @@ def test_a_query_on_cpu_reads_the_keys_it_sees(mask, grid, data):
     row = data.draw(st.integers(0, grid.q_len - 1))
     its_grid = one_row(grid, row, grid.block_size)
     lists = block_mask(its_grid, write_kept_blocks(classify(mask, its_grid), CPU), mask)
-    keys = gather.keys_seen(mask, its_grid, lists)
-    assert keys.sort().values.tolist() == dense(mask, its_grid)[0, 0, 0].nonzero()[:, 0].tolist()
+    keys = torch.arange(grid.kv_len)[gather.keys_seen(mask, its_grid, lists)]
+    assert keys.tolist() == dense(mask, its_grid)[0, 0, 0].nonzero()[:, 0].tolist()
 
 
 def test_gathered_keys_are_read_without_a_kernel():
@@ -148,6 +148,19 @@ def test_gathered_keys_are_read_without_a_kernel():
     weight = torch.randn_like(out)
     grads = [torch.autograd.grad((x * weight).sum(), inputs) for x in (out, exact)]
     torch.testing.assert_close(*grads)
+
+
+def test_many_keys_are_gathered_only_where_they_follow_each_other():
+    length = 3 * gather.MOST_COPIED
+    q, k, v = torch.randn(1, 2, 1, 16), *torch.randn(2, 1, 2, length, 16)
+    row = compile_mask(causal & window(2 * gather.MOST_COPIED), length, length).row(length - 1)
+    assert row.launches[0].keys_seen == slice(gather.MOST_COPIED, length)
+    torch.testing.assert_close(row(q, k, v), row(q, k, v, executor="reference"))
+    mask = causal & ((kv_idx % 2).equals(1) | window(300))
+    row = compile_mask(mask, length, length).row(length - 1)
+    assert row.launches[0].usual_executor == "flex"
+    with pytest.raises(ExecutorError, match=r"sees 918 keys in pieces; at most 512 are copied"):
+        row(q, k, v, executor="gather")
 
 
 def test_what_gather_cannot_do_is_done_by_others():

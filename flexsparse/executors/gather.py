@@ -1,7 +1,8 @@
 """One query on CPU: the keys it sees are gathered, and attention over them is dense.
 
 A query reads few keys. flex_attention's kernel, and what torch.compile does around a call of it,
-take several times as long as these reads; there is nothing to compile here, and gradients.
+take several times as long as these reads; there is nothing to compile here, and gradients. Keys
+that follow each other are read where they are; many others would take longer to copy than to skip.
 """
 
 from __future__ import annotations
@@ -14,6 +15,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from flexsparse.classify import Grid
 from flexsparse.dropout import Dropout
 from flexsparse.expr import Mask
+
+MOST_COPIED = 512  # keys; measured with 8 heads of 64: from there on flex_attention is faster
+
+Keys = slice | Tensor  # int64 [keys], ascending
 
 
 def unsupported(
@@ -42,25 +47,37 @@ def unsupported(
     return None
 
 
-def keys_seen(mask: Mask, grid: Grid, lists: BlockMask) -> Tensor:
-    """The keys that the one query of a grid sees, int64 [keys], ascending within its lists."""
+def keys_seen(mask: Mask, grid: Grid, lists: BlockMask) -> Keys:
+    """The keys that the one query of a grid sees, of the blocks in its lists."""
     assert lists.full_kv_num_blocks is not None
     assert lists.full_kv_indices is not None
     partial = lists.kv_indices[0, 0, 0, : int(lists.kv_num_blocks)]
     full = lists.full_kv_indices[0, 0, 0, : int(lists.full_kv_num_blocks)]
+    blocks = torch.cat([partial, full]).long().sort().values
     of_block = torch.arange(grid.block_size[1])
-    keys = (torch.cat([partial, full]).long()[:, None] * grid.block_size[1] + of_block).flatten()
+    keys = (blocks[:, None] * grid.block_size[1] + of_block).flatten()
     keys = keys[keys < grid.kv_len]
-    kept = mask(0, grid.heads[0], torch.tensor(grid.q_offset), keys)
-    return keys[kept.expand_as(keys)]
+    keys = keys[mask(0, grid.heads[0], torch.tensor(grid.q_offset), keys).expand_as(keys)]
+    first, end = (int(keys[0]), int(keys[-1]) + 1) if len(keys) else (0, 0)
+    return slice(first, end) if end - first == len(keys) else keys
 
 
-def run(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, *, scale: float | None = None) -> Tensor:
+def too_many(keys: Keys) -> str | None:
+    """Why these keys are not to be copied, as a sentence, or None if they are."""
+    if isinstance(keys, slice) or len(keys) <= MOST_COPIED:
+        return None
+    return f"the query sees {len(keys):,} keys in pieces; at most {MOST_COPIED} are copied"
+
+
+def run(q: Tensor, k: Tensor, v: Tensor, keys: Keys, *, scale: float | None = None) -> Tensor:
     """Attention of one query to some keys: [B, n_heads, 1, Dv]; without keys it is 0."""
     out_shape = (*q.shape[:3], v.shape[3])
-    if not len(keys):
+    if isinstance(keys, slice):
+        k, v = k[:, :, keys], v[:, :, keys]
+    else:
+        k, v = k.index_select(2, keys), v.index_select(2, keys)
+    if not k.shape[2]:
         return q.new_zeros(out_shape)
     # the query heads of a kv head as its queries, so that k and v are not repeated
     q = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
-    k, v = k.index_select(2, keys), v.index_select(2, keys)
     return scaled_dot_product_attention(q, k, v, scale=scale).reshape(out_shape)
