@@ -14,6 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from flexsparse.classify import Grid
 from flexsparse.dropout import Dropout
+from flexsparse.executors.sdpa import unsupported_extras
 from flexsparse.expr import Mask
 
 MOST_COPIED = 512  # keys; measured with 8 heads of 64: from there on flex_attention is faster
@@ -38,13 +39,7 @@ def unsupported(
         return "heads or batch rows see keys of their own"
     if torch.compiler.is_compiling():
         return "how many keys a query sees is data, which a graph being compiled does not know"
-    if score_mod is not None:
-        return "scaled_dot_product_attention takes no score_mod"
-    if dropout is not None:
-        return "the dropout of scaled_dot_product_attention follows another generator"
-    if return_lse:
-        return "scaled_dot_product_attention returns no LSE"
-    return None
+    return unsupported_extras(score_mod=score_mod, dropout=dropout, return_lse=return_lse)
 
 
 def keys_seen(mask: Mask, grid: Grid, lists: BlockMask) -> Keys:

@@ -27,6 +27,13 @@ def unsupported(
     from_the_first = grid.q_offset == 0 or (grid.q_len == 1 and grid.q_offset > 0)
     if mask != everything and not (mask == CAUSAL and from_the_first):
         return "the mask is neither full nor causal from position 0, or of one query"
+    return unsupported_extras(score_mod=score_mod, dropout=dropout, return_lse=return_lse)
+
+
+def unsupported_extras(
+    *, score_mod: object | None, dropout: object | None, return_lse: bool
+) -> str | None:
+    """Why scaled_dot_product_attention cannot do what is asked besides a mask, or None."""
     if score_mod is not None:
         return "scaled_dot_product_attention takes no score_mod"
     if dropout is not None:
