@@ -14,6 +14,8 @@ import argparse
 from collections.abc import Callable
 from typing import NamedTuple
 
+from flexsparse.executors.streaming_tiles import WIDE
+
 PATTERNS = ((64, 256), (4, 64), (128, 1024))  # (sink, window) in tokens
 TARGETS = {(64, 256): 1.25, (4, 64): 2.2}  # visited / needed, at most
 FLEX_BLOCK = 128
@@ -39,9 +41,15 @@ class Plan(NamedTuple):
 
     name: str
     rows: int
+    wide_rows: int  # where the window is wide
     kv: int
+    dkdv_kv: int  # keys of a tile of the kernel for dk and dv, which walks rows
     pack: int
-    visited: Callable[[int, int, int, int], int]
+    visited: Callable[[int, int, int, int, int], int]
+
+    def rows_of(self, window: int) -> int:
+        """Rows of one head in a tile."""
+        return self.wide_rows if window >= WIDE else self.rows
 
 
 class Count(NamedTuple):
@@ -50,6 +58,7 @@ class Count(NamedTuple):
     needed: float  # (row, key) pairs
     visited: float
     l2_bytes: float  # keys and values read by the forward kernel's tiles, mostly from the L2
+    l2_bytes_dkdv: float  # rows of q and dout read by the tiles of keys
     bytes: float  # what must cross device memory once
 
 
@@ -84,9 +93,10 @@ def visited_by_blocks(row0: int, row1: int, sink: int, window: int, block: int) 
 
 
 PLANS = {
-    "ours": Plan("ours", 64, 64, 1, visited_by_tiles),
-    "ours, 4 heads packed": Plan("ours, 4 heads packed", 32, 64, 4, visited_by_tiles),
-    "flex 128": Plan("flex 128", FLEX_BLOCK, FLEX_BLOCK, 1, visited_by_blocks),
+    "ours": Plan("ours", 64, 128, 64, 64, 1, visited_by_tiles),
+    "ours, always 128 rows": Plan("ours, always 128 rows", 128, 128, 64, 64, 1, visited_by_tiles),
+    "ours, 4 heads packed": Plan("ours, 4 heads packed", 32, 32, 64, 64, 4, visited_by_tiles),
+    "flex 128": Plan("flex 128", *[FLEX_BLOCK] * 4, 1, visited_by_blocks),
 }
 
 
@@ -96,20 +106,25 @@ def count(
     """Pairs needed and visited, and bytes, of q_len = kv_len = length."""
     needed = sum(needed_keys(p, sink, window) for p in range(length))
     visited = keys = 0
-    for row0 in range(0, length, plan.rows):
-        row1 = min(row0 + plan.rows, length) - 1
+    rows = plan.rows_of(window)
+    for row0 in range(0, length, rows):
+        row1 = min(row0 + rows, length) - 1
         seen = plan.visited(row0, row1, sink, window, plan.kv)
         keys += seen
-        visited += seen * plan.rows
+        visited += seen * rows
     once = length * d * BYTES * (2 * n_heads + 2 * n_kv_heads)  # q, out; k, v
     l2_bytes = keys * 2 * d * BYTES * n_heads / plan.pack
-    return Count(needed * n_heads, visited * n_heads, l2_bytes, once)
+    # a key is seen by the rows of its window, a sink by all that follow it
+    seen_by = cdiv(length, plan.dkdv_kv) * (window + plan.dkdv_kv - 1)
+    seen_by += cdiv(sink, plan.dkdv_kv) * length
+    l2_dkdv = seen_by * 2 * d * BYTES * n_heads
+    return Count(needed * n_heads, visited * n_heads, l2_bytes, l2_dkdv, once)
 
 
 def steady_ratio(plan: Plan, sink: int, window: int) -> float:
     """Visited / needed far from the first row, where every row of tiles is alike."""
     row0 = 1 << 20
-    seen = plan.visited(row0, row0 + plan.rows - 1, sink, window, plan.kv)
+    seen = plan.visited(row0, row0 + plan.rows_of(window) - 1, sink, window, plan.kv)
     return seen / (sink + window)
 
 
@@ -119,10 +134,14 @@ def times(work: Count, device: Device, d: int, backward: bool) -> tuple[float, f
     # 5 products are the least a backward pass needs, 7 what two passes without atomics do
     least = FORWARD_PRODUCTS + (5 if backward else 0)
     moved = work.bytes * (4 if backward else 1)  # again q, k, v, out, dout; and dq, dk, dv
-    l2_bytes = work.l2_bytes * (3.5 if backward else 1)  # dq reads k, v; dkdv reads q, dout
     bound = max(work.needed * 2 * d * least / device.flops, moved / device.memory)
     mine = max(work.visited * 2 * d * products / device.flops, moved / device.memory)
-    return bound, mine, max(mine, l2_bytes / device.l2)
+    return bound, mine, max(mine, l2_traffic(work, backward) / device.l2)
+
+
+def l2_traffic(work: Count, backward: bool) -> float:
+    """Bytes that tiles read; the kernel of dq walks keys as the forward kernel does."""
+    return 2 * work.l2_bytes + work.l2_bytes_dkdv if backward else work.l2_bytes
 
 
 def main() -> None:
@@ -163,7 +182,7 @@ def main() -> None:
                         f"{device.name:6}{f'{s}, {w}':>12}  {plan.name:22}"
                         f"{'fwd+bwd' if backward else 'fwd':9}{flops / 1e9:>9.0f}"
                         f"{work.bytes * (4 if backward else 1) / 1e6:>8.0f}"
-                        f"{work.l2_bytes * (3.5 if backward else 1) / 1e6:>9.0f}"
+                        f"{l2_traffic(work, backward) / 1e6:>9.0f}"
                         f"{bound * 1e3:>9.3f}{mine * 1e3:>9.3f}{l2 * 1e3:>9.3f}"
                     )
 

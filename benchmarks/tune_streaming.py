@@ -40,13 +40,14 @@ def main() -> None:
     bench, stop = Bench(args), time.perf_counter() + args.seconds
     *tensors, dout = bench.tensors(args.length)
     usual = streaming_tiles.tiles_for(tensors[0], tensors[2])
-    packed = "_packed" if streaming_tiles.pack_of(args.heads // args.kv_heads) > 1 else ""
-    for kernel in (f"fwd{packed}", f"dq{packed}", "dkdv"):
-        name = "fwd" if kernel.startswith("fwd") else "fwd_bwd"
+    pack = streaming_tiles.pack_of(args.heads // args.kv_heads)
+    for kernel in ("fwd", "dq", "dkdv"):
+        name = "fwd" if kernel == "fwd" else "fwd_bwd"
+        heights = {kernel, f"{kernel}_tall"} & set(usual._fields)
         found = []
         # patterns share what is compiled for a candidate
         for tile, (s, w) in itertools.product(candidates, patterns):
-            tiles = usual._replace(**{kernel: tile})
+            tiles = usual._replace(**dict.fromkeys(heights, tile))
             streaming_ops.tiles_for = lambda q, v, tiles=tiles: tiles
             if time.perf_counter() > stop:
                 print("out of time")
@@ -58,7 +59,9 @@ def main() -> None:
                 continue
             found.append(((s, w), ms, tile))
         for pattern in patterns:
-            print(f"{kernel}, (sink, window) {pattern}, {name}; in use {getattr(usual, kernel)}")
+            is_tall = kernel != "dkdv" and streaming_tiles.is_tall(pack, pattern[1])
+            in_use = getattr(usual, f"{kernel}_tall" if is_tall else kernel)
+            print(f"{kernel}, (sink, window) {pattern}, {name}; in use {in_use}")
             for _, ms, tile in sorted(x for x in found if x[0] == pattern)[:6]:
                 print(f"    {ms:8.3f} ms  {tile}", flush=True)
 

@@ -118,6 +118,20 @@ def test_sink_gradients_do_not_depend_on_how_rows_are_cut(monkeypatch, max_sink)
 
 
 @here
+@pytest.mark.parametrize("max_window", [None, 10, 700])
+def test_any_height_of_tiles_is_right(monkeypatch, max_window):
+    tall = streaming_tiles.Tile(64, 32, 4, 1)
+    tiles = streaming_tiles.FLOAT32_TILES._replace(fwd_tall=tall, dq_tall=tall)
+    monkeypatch.setattr(streaming_tiles, "FLOAT32_TILES", tiles)
+    tensors, sink, window = inputs(150, 170, 2, 2, 32, 32), numbers([4, 40]), numbers([700, 10])
+    mine = run(
+        streaming_attention, tensors, sink, window, max_window=max_window, softcap=4.0,
+        return_lse=True,
+    )  # fmt: skip
+    assert_close(mine, run(reference, in_float64(tensors), sink, window, softcap=4.0))
+
+
+@here
 def test_gradients_have_the_same_bits_on_every_run(monkeypatch):
     monkeypatch.setattr(streaming_tiles, "MIN_CHUNK", 32)
     args = (inputs(100, 100, 2, 1, 32, 32), numbers([40, 100]), numbers([16, 80]))
@@ -229,7 +243,7 @@ def test_rounding_is_at_most_twice_that_of_dense_attention(dtype):
 def test_torch_sees_well_formed_operators():
     q, k, v = inputs(17, 20, 2, 1, 32, 32)
     sink, window = numbers([4, 2]), numbers([16, 3])
-    forward = (q, k, v, sink, window, None, None, None, 0.2, 0.0, 16)
+    forward = (q, k, v, sink, window, None, None, None, 0.2, 0.0, 16, 16)
     torch.library.opcheck(streaming_ops.streaming_forward, forward)
     q, k, v = (x.detach() for x in (q, k, v))
     out, lse = streaming_ops.streaming_forward(q, k, v, *forward[3:])

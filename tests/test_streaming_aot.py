@@ -135,31 +135,35 @@ def check(launches, arch, folder):
 slow = pytest.mark.slow
 ARCHES = [pytest.param(80, marks=slow), 90, pytest.param(100, marks=slow)]
 
-# d, dv, heads of a group, packed sequences, soft-cap: the last two need the most registers
+# d, dv, heads of a group, packed sequences, soft-cap, window: sequences and cap take most registers
 CASES = [
-    (64, 64, 1, True, 5.0),
-    (64, 64, 4, True, 5.0),
-    (128, 128, 1, True, 5.0),
-    (128, 128, 4, True, 5.0),
-    (192, 128, 4, False, 0.0),
-    (256, 256, 1, True, 5.0),
-    (256, 256, 4, True, 5.0),
+    (64, 64, 1, True, 5.0, 256),
+    (64, 64, 1, True, 5.0, 512),
+    (64, 64, 4, True, 5.0, 256),
+    (128, 128, 1, True, 5.0, 256),
+    (128, 128, 1, True, 5.0, 512),
+    (128, 128, 4, True, 5.0, 256),
+    (192, 128, 4, False, 0.0, 256),
+    (256, 256, 1, True, 5.0, 256),
+    (256, 256, 1, True, 5.0, 512),
+    (256, 256, 4, True, 5.0, 256),
 ]
 
 
-@pytest.mark.parametrize(("d", "dv", "group_size", "packed", "softcap"), CASES)
+@pytest.mark.parametrize(("d", "dv", "group_size", "packed", "softcap", "window"), CASES)
 @pytest.mark.parametrize("arch", ARCHES)
 def test_every_tile_size_compiles_without_spills(
-    launches, monkeypatch, tmp_path, arch, d, dv, group_size, packed, softcap
+    launches, monkeypatch, tmp_path, arch, d, dv, group_size, packed, softcap, window
 ):
     monkeypatch.setattr(streaming_tiles, "architecture", lambda device: arch)
     monkeypatch.setattr(streaming_tiles, "MIN_CHUNK", 64)  # so that the partial dkdv launch happens
-    q, k, v, sink, window = tensors(d, dv, group_size, torch.bfloat16)
+    q, k, v, *numbers = tensors(d, dv, group_size, torch.bfloat16)
     cu = torch.tensor([0, 128], dtype=torch.int32) if packed else None
-    rest = (sink, window, None, cu, cu, 0.1, softcap, 64)
+    rest = (*numbers, None, cu, cu, 0.1, softcap, 64, window)
     out, lse = streaming_ops.streaming_forward(q, k, v, *rest)
     streaming_ops.streaming_backward(out, lse, q, k, v, out, lse, *rest)
-    if group_size > 1 and d == dv:  # the dkdv kernel is the same for every group size
+    # the dkdv kernel is the same for every group size and window
+    if (group_size > 1 or window >= streaming_tiles.WIDE) and d == dv:
         launches[:] = [x for x in launches if "dkdv" not in x[0].__name__]
     check(launches, arch, tmp_path)
 
@@ -172,12 +176,22 @@ def test_new_numbers_and_lengths_compile_nothing(launches, monkeypatch):
         q = torch.zeros(1, 4, length, 64, dtype=torch.bfloat16)
         k = v = q[:, :2]
         numbers = torch.full((4,), max_sink, dtype=torch.int32)
-        rest = (numbers, numbers, None, None, None, 0.1, 0.0, max_sink)
+        rest = (numbers, numbers, None, None, None, 0.1, 0.0, max_sink, max_sink // 4)
         out, lse = streaming_ops.streaming_forward(q, k, v, *rest)
         streaming_ops.streaming_backward(out, lse, q, k, v, out, lse, *rest)
         seen.append([(kernel, specialised(kernel, *rest)) for kernel, *rest in launches])
     assert len(seen[0]) == 5  # fwd, delta, dq, dkdv twice
     assert seen[0] == seen[1] == seen[2]
+
+
+def test_wide_windows_take_taller_tiles(launches):
+    q, k, v, *numbers = tensors(128, 128, 1, torch.bfloat16)
+    for max_window, rows in ((streaming_tiles.WIDE - 1, 64), (streaming_tiles.WIDE, 128)):
+        launches.clear()
+        streaming_ops.streaming_forward(
+            q, k, v, *numbers, None, None, None, 0.1, 0.0, 4, max_window
+        )
+        assert [kwargs["BLOCK_Q"] for _, _, kwargs in launches] == [rows]
 
 
 @pytest.mark.parametrize("d", [128, 256])

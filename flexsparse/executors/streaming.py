@@ -149,6 +149,7 @@ def streaming_attention(
     page_table: Tensor | None = None,
     kv_lens: Tensor | None = None,
     max_sink: int | None = None,
+    max_window: int | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention where head h keeps `causal & (sink(sink[h]) | window(window[h]))`.
@@ -173,6 +174,7 @@ def streaming_attention(
             page_size, head_dim]. No gradients.
         kv_lens: int32 [batch], the keys in use of each row; goes with page_table.
         max_sink: the largest sink if the host knows it; only the speed of the gradient uses it.
+        max_window: the largest window if the host knows it; wide ones are faster in taller tiles.
         return_lse: also return lse.
 
     Returns:
@@ -214,7 +216,7 @@ def streaming_attention(
     else:
         out, lse = streaming_ops.streaming_forward(
             q, k, v, sink, window, q_offset, cu_seqlens_q, cu_seqlens_k, scale, cap,
-            ASSUMED_SINK if max_sink is None else max_sink,
+            ASSUMED_SINK if max_sink is None else max_sink, max_window or 0,
         )  # fmt: skip
     return (out, lse) if return_lse else out
 
@@ -229,10 +231,12 @@ def run(
     scale: float | None = None,
     q_offset: int,
     max_sink: int,
+    max_window: int,
     return_lse: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """`streaming_attention` as the launches call an executor: out, and lse or None."""
     out, lse = streaming_attention(
-        q, k, v, sink, window, scale=scale, q_offset=q_offset, max_sink=max_sink, return_lse=True
-    )
+        q, k, v, sink, window, scale=scale, q_offset=q_offset, max_sink=max_sink,
+        max_window=max_window, return_lse=True,
+    )  # fmt: skip
     return out, lse if return_lse else None

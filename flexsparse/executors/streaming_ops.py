@@ -18,6 +18,7 @@ from flexsparse.executors.streaming_tiles import (
     SINK_TILE,
     cdiv,
     dims,
+    is_tall,
     pack_of,
     row_grid,
     score_factors,
@@ -41,6 +42,7 @@ def streaming_forward(
     scale: float,
     softcap: float,
     max_sink: int,
+    max_window: int,
 ) -> tuple[Tensor, Tensor]:
     """Launch the forward kernel: out, lse."""
     # rows outside every packed sequence are nobody's to write
@@ -53,7 +55,7 @@ def streaming_forward(
         return out, lse
     group_size = q.shape[1] // k.shape[1]
     pack = pack_of(group_size)
-    tile = tiles_for(q, v).fwd if pack == 1 else tiles_for(q, v).fwd_packed
+    tile = tiles_for(q, v).fwd_tall if is_tall(pack, max_window) else tiles_for(q, v).fwd
     grid, tiles = row_grid(q, tile.rows // pack, pack, cu_seqlens_q)
     with torch.cuda.device_of(q):
         forward.streaming_fwd_kernel[grid](
@@ -67,7 +69,7 @@ def streaming_forward(
 
 
 @streaming_forward.register_fake
-def _(q, k, v, sink, window, q_offset, cu_seqlens_q, cu_seqlens_k, scale, softcap, max_sink):  # type: ignore[no-untyped-def]
+def _(q, k, v, sink, window, *rest):  # type: ignore[no-untyped-def]
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     return q.new_empty((*q.shape[:3], v.shape[-1])), lse
 
@@ -89,6 +91,7 @@ def streaming_backward(
     scale: float,
     softcap: float,
     max_sink: int,
+    max_window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the backward kernels: dq, dk, dv. No atomics: the same bits on every run."""
     new = torch.empty if cu_seqlens_q is None else torch.zeros
@@ -110,7 +113,7 @@ def streaming_backward(
             BLOCK=DELTA_TILE,
         )  # fmt: skip
 
-        tile = tiles.dq if pack == 1 else tiles.dq_packed
+        tile = tiles.dq_tall if is_tall(pack, max_window) else tiles.dq
         grid, table = row_grid(q, tile.rows // pack, pack, cu_seqlens_q)
         backward.streaming_dq_kernel[grid](
             q, k, v, dout, lse, delta, dq, sink, window, *lengths, table, *strides(q, k, v),
@@ -165,7 +168,7 @@ def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[
     dout = torch.zeros_like(out) if dout is None else dout
     dlse = torch.zeros_like(lse) if dlse is None else dlse
     grads = streaming_backward(dout, dlse, q, k, v, out, lse, *data, *ctx.numbers)
-    return (*grads, *[None] * 8)
+    return (*grads, *[None] * 9)
 
 
 streaming_forward.register_autograd(_differentiate, setup_context=_save)

@@ -15,11 +15,12 @@ DELTA_TILE = 64
 SINK_PROGRAMS = 1024
 MIN_CHUNK = 2048
 MAX_SINK = 4096
+WIDE = 512  # tokens; 128 rows visit at most 1.25 x the keys of such a window
 PADDING_ROW = 1 << 30  # the row of an unused entry of a tile table: past every sequence
 
 
 class Tile(NamedTuple):
-    """One kernel's tile: `rows` is over all packed heads in fwd and dq, per head in dkdv."""
+    """One kernel's tile: `rows` is of all packed heads in fwd and dq, of one head in dkdv."""
 
     rows: int
     kv: int
@@ -28,12 +29,12 @@ class Tile(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """The tiles of the three kernels, for heads alone and for heads packed by kv head."""
+    """The tiles of the three kernels; `is_tall` says when the tall ones are taken."""
 
     fwd: Tile
-    fwd_packed: Tile
+    fwd_tall: Tile
     dq: Tile
-    dq_packed: Tile
+    dq_tall: Tile
     dkdv: Tile
 
 
@@ -41,10 +42,9 @@ def _tiles(*numbers: tuple[int, int, int, int]) -> Tiles:
     return Tiles(*(Tile(*x) for x in numbers))
 
 
-# (architecture, head_dim up to) -> tiles. Rows per head stay at 64 or less: with a window of 64 or
-# 256 a taller tile visits too many keys that its rows do not need (benchmarks/model_streaming.py).
+# (architecture, head_dim up to) -> tiles
 TILES: dict[tuple[int, int], Tiles] = {
-    # fwd, fwd_packed, dq, dq_packed, dkdv, each (rows, kv, warps, stages)
+    # fwd, fwd_tall, dq, dq_tall, dkdv, each (rows, kv, warps, stages)
     (80, 64): _tiles(
         (64, 64, 4, 3), (128, 64, 8, 3), (64, 32, 4, 2), (128, 32, 8, 2), (32, 32, 4, 2)
     ),
@@ -116,6 +116,15 @@ def dims(q: Tensor, v: Tensor) -> dict[str, int]:
 def pack_of(group_size: int) -> int:
     """How many heads of a group one program takes."""
     return next(n for n in (4, 2, 1) if group_size % n == 0)
+
+
+def is_tall(pack: int, max_window: int) -> bool:
+    """Whether a tile has more rows, so that keys and values are read fewer times.
+
+    Its rows are those of packed heads, or of one head where the window is wide: with a window of 64
+    or 256 they would visit too many keys that not all of them need (benchmarks/model_streaming.py).
+    """
+    return pack > 1 or max_window >= WIDE
 
 
 def score_factors(scale: float, softcap: float) -> tuple[float, float]:
