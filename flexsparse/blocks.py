@@ -129,13 +129,19 @@ class CompactBlockMask(BlockMask):
         )
 
 
-# in a tree it is a node, as those who register BlockMask make that
-pytree.register_pytree_node(
-    CompactBlockMask,
-    CompactBlockMask._flatten,  # type: ignore[arg-type]
-    CompactBlockMask._unflatten,  # type: ignore[arg-type]
-    flatten_with_keys_fn=CompactBlockMask._flatten_with_keys,  # type: ignore[arg-type]
-)
+def _follow_block_mask_in_trees() -> None:
+    """Make these masks nodes of trees where someone has registered BlockMask as one.
+
+    torch has not, and its context parallelism takes a BlockMask for a leaf.
+    """
+    nodes = pytree.SUPPORTED_NODES
+    if BlockMask in nodes and CompactBlockMask not in nodes:
+        pytree.register_pytree_node(
+            CompactBlockMask,
+            CompactBlockMask._flatten,  # type: ignore[arg-type]
+            CompactBlockMask._unflatten,  # type: ignore[arg-type]
+            flatten_with_keys_fn=CompactBlockMask._flatten_with_keys,  # type: ignore[arg-type]
+        )
 
 
 def write_kept_blocks(
@@ -188,6 +194,7 @@ def block_mask(
             return None
         return lists.widened(columns) if widen else lists.indices
 
+    _follow_block_mask_in_trees()
     kv, full_kv, q, full_q = kept
     return CompactBlockMask(
         seq_lengths=(grid.q_len, grid.kv_len),

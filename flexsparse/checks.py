@@ -10,6 +10,7 @@ import torch
 
 from flexsparse.cases import Case, cases, needed
 from flexsparse.classify import classify
+from flexsparse.default_device import cpu_by_default
 from flexsparse.expr import Index, Mask
 from flexsparse.gaps import Ranges, empty_rows, unseen_keys
 from flexsparse.heads import PerHead, head_ranges
@@ -121,6 +122,7 @@ def _counted(n: int, one: str, many: str) -> str:
 _VARIABLES = {"h": "head", "b": "batch row"}
 
 
+@cpu_by_default()
 def check(
     mask: Mask | PerHead,
     q_len: int,

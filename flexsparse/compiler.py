@@ -15,6 +15,7 @@ from flexsparse import report
 from flexsparse.blocks import block_mask, write_kept_blocks
 from flexsparse.classify import BlockClasses, Grid
 from flexsparse.cost import Cost
+from flexsparse.default_device import cpu_by_default
 from flexsparse.dispatch import Modifiers, attend
 from flexsparse.dropout import Dropout, ScoreMod
 from flexsparse.errors import MaskError
@@ -76,9 +77,10 @@ def compile_mask(
 
     heads = tuple(range(n_heads)) if n_heads else ()
     grid = Grid(q_len, kv_len, offset, blocks, batch or 0, heads)
-    plan = launches(masks, grid, place)
-    for launch in plan:
-        launch.prepare()
+    with cpu_by_default():
+        plan = launches(masks, grid, place)
+        for launch in plan:
+            launch.prepare()
     seconds = time.perf_counter() - started
     return CompiledMask(masks, plan, batch, n_heads, place, seconds)
 
@@ -231,14 +233,17 @@ class CompiledMask:
         their masks differ. Its mask_mod is exact for every element.
         """
         if self._block_mask is None:
-            classes = self._all_heads()
-            alone = len(self.launches) == 1
-            mask = self.launches[0].mask if alone else self.masks.mask(self.device)
-            wide = any(needs_int64(x.mask, x.grid) for x in self.launches)
-            mask_mod = LoweredMask(mask, self.device, self.q_offset, wide)
-            kept = write_kept_blocks(classes, self.device)
-            self._block_mask = block_mask(classes.grid, kept, mask_mod)
+            self._block_mask = self._write_block_mask()
         return self._block_mask
+
+    @cpu_by_default()
+    def _write_block_mask(self) -> BlockMask:
+        classes = self._all_heads()
+        alone = len(self.launches) == 1
+        mask = self.launches[0].mask if alone else self.masks.mask(self.device)
+        wide = any(needs_int64(x.mask, x.grid) for x in self.launches)
+        mask_mod = LoweredMask(mask, self.device, self.q_offset, wide)
+        return block_mask(classes.grid, write_kept_blocks(classes, self.device), mask_mod)
 
     def _again(self, **changes: Any) -> Callable[[], CompiledMask]:
         """The call of compile_mask that made this mask, with some arguments changed."""

@@ -10,6 +10,7 @@ import torch
 
 from flexsparse.cases import Case, cases, needed
 from flexsparse.classify import BlockClasses, Rectangles, classify
+from flexsparse.default_device import cpu_by_default
 from flexsparse.errors import MaskError
 from flexsparse.expr import Mask, nothing
 from flexsparse.heads import PerHead
@@ -83,6 +84,7 @@ class Difference:
     __repr__ = __str__
 
 
+@cpu_by_default()
 def diff(
     a: Mask | PerHead,
     b: Mask | PerHead,

@@ -13,6 +13,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from flexsparse.blocks import block_mask, write_kept_blocks
 from flexsparse.classify import BlockClasses, Grid, Rectangles, classify
+from flexsparse.default_device import cpu_by_default
 from flexsparse.errors import MaskError
 from flexsparse.expr import Mask
 from flexsparse.lower import lower
@@ -88,13 +89,14 @@ def create_block_mask(
         planes[0] if "b" in mask.variables else 1,
         tuple(range(planes[1])) if "h" in mask.variables else (0,),
     )
-    reason = problem(mask, grid, place)
-    if reason is not None:
-        raise MaskError(reason)
-    classes = classify(mask, grid)
-    if not separate_full_blocks:
-        classes = _all_partial(classes)
-    kept = write_kept_blocks(classes, place)
+    with cpu_by_default():
+        reason = problem(mask, grid, place)
+        if reason is not None:
+            raise MaskError(reason)
+        classes = classify(mask, grid)
+        if not separate_full_blocks:
+            classes = _all_partial(classes)
+        kept = write_kept_blocks(classes, place)
     result = block_mask(grid, kept, _element_mask_mod(mask, mask_mod, grid, place))
     _spread(result, planes)
     if not separate_full_blocks:

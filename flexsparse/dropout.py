@@ -131,7 +131,7 @@ def refuse_bad_dropout(dropout_p: float) -> None:
 
 def fresh_seed() -> int:
     """A seed drawn from torch's default generator, so that torch.manual_seed decides it."""
-    return int(torch.randint(1 << 62, ()).item())
+    return int(torch.randint(1 << 62, (), device="cpu").item())
 
 
 def row_keys(

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from flexsparse.default_device import cpu_by_default
 from flexsparse.errors import MaskError
 from flexsparse.expr import TENSOR_READING, VARIABLES, Expr, Mask, Table, postorder
 from flexsparse.heads import PerHead
@@ -87,6 +88,7 @@ class Explanation:
     __repr__ = __str__
 
 
+@cpu_by_default()
 def explain(mask: Mask | PerHead, q: int, kv: int, h: int = 0, b: int = 0) -> Explanation:
     """Say which terms of a mask keep or drop one pair.
 

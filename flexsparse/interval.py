@@ -254,9 +254,9 @@ def _lookup(pyramid: Pyramid, *indices: Interval | None) -> Interval | Truth | N
 
 def table_bounds(table: Table) -> Interval | Truth:
     """The least and the greatest entry of a table."""
-    low, high = table.tensor.detach().aminmax()
+    low, high = (x.cpu() for x in table.tensor.detach().aminmax())
     if low.is_floating_point():
-        return settled(Interval(low.cpu(), high.cpu()))
+        return settled(Interval(low, high))
     if low.dtype == torch.bool:
         return Truth(bool(low), bool(high))
     return Interval(int(low), int(high))

@@ -14,6 +14,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from flexsparse.blocks import CompactBlockMask, block_mask, write_kept_blocks
 from flexsparse.classify import BlockClasses, Grid
 from flexsparse.cost import Cost, cost
+from flexsparse.default_device import cpu_by_default
 from flexsparse.dropout import Dropout, ScoreMod
 from flexsparse.executors import blockwise, flash, flex, gather, sdpa, streaming
 from flexsparse.expr import Mask
@@ -52,6 +53,7 @@ class Launch:
     _numbers: dict[tuple[int, ...], tuple[Tensor, Tensor]] = field(default_factory=dict, init=False)
 
     @functools.cached_property
+    @cpu_by_default()
     def classes(self) -> BlockClasses:
         """The class of every block."""
         return self.find_classes()
@@ -179,15 +181,17 @@ class Launch:
         if key not in self._numbers:
             of_head = dict(zip(self.heads, self.streams, strict=len(self.streams) > 1))
             numbers = [of_head.get(head, self.streams[0]) for head in key]
-            both = torch.tensor(numbers, dtype=torch.int32).T.contiguous().to(self.device)
-            self._numbers[key] = (both[0], both[1])
+            pairs = torch.tensor(numbers, dtype=torch.int32, device=self.device)
+            self._numbers[key] = (pairs[:, 0].contiguous(), pairs[:, 1].contiguous())
         return self._numbers[key]
 
     @functools.cached_property
+    @cpu_by_default()
     def keys_seen(self) -> gather.Keys:
         """The keys that the one query sees, of a launch of one query and one plane."""
         return gather.keys_seen(self.mask, self.grid, self.block_mask(self.heads))
 
+    @cpu_by_default()
     def _write_block_mask(self, heads: tuple[int, ...]) -> CompactBlockMask:
         classes = self.classes
         if heads and heads != classes.grid.heads:

@@ -129,7 +129,8 @@ def _where(condition: Any, yes: Any, no: Any) -> Any:
 
 
 def _cast(dtype: torch.dtype, x: Any) -> Tensor:
-    return torch.as_tensor(x).to(dtype)
+    # a number goes with tensors of any device, if it is on the CPU
+    return (x if isinstance(x, Tensor) else torch.tensor(x, device="cpu")).to(dtype)
 
 
 def _through_integers(dtype: torch.dtype, x: Any) -> Tensor:
@@ -167,7 +168,7 @@ TENSOR_READING: dict[str, Callable[..., Any]] = {
     "~": lambda a: (not a) if isinstance(a, bool) else ~a,
     # what only traced mask_mods hold: fixed-width integers, floats, and operators without a rule
     "narrow": _through_integers,
-    "number": lambda number: torch.tensor(number.value, dtype=number.dtype),
+    "number": lambda number: torch.tensor(number.value, dtype=number.dtype, device="cpu"),
     "float": _cast,
     "truncate": _through_integers,
     "/": lambda a, b: a / b,

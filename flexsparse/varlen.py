@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flexsparse.compiler import CompiledMask, compile_mask
 from flexsparse.cu_seqlens import first_positions, lengths
+from flexsparse.default_device import cpu_by_default
 from flexsparse.dropout import ScoreMod, is_kept
 from flexsparse.errors import MaskError
 from flexsparse.expr import Mask, everything
@@ -169,6 +170,7 @@ class VarlenMask:
     is_batch: whether that call has a batch row for each sequence, all being of one length
     """
 
+    @cpu_by_default()
     def __init__(
         self,
         mask: Mask | PerHead,

@@ -193,9 +193,12 @@ def test_a_compact_mask_moves_and_flattens():
     assert mask.to("meta").kv_indices.device.type == "meta"
     leaves, context = mask._flatten()
     same_mask(BlockMask._unflatten(leaves, context), mask)
-    # as a user registers it who wants BlockMasks in trees
+    # a leaf as BlockMask is, until a user wants BlockMasks to be nodes of trees
     if BlockMask not in pytree.SUPPORTED_NODES:
+        assert pytree.tree_leaves([mask]) == [mask]
         pytree.register_pytree_node(BlockMask, BlockMask._flatten, BlockMask._unflatten)
+    mask = compile_mask(causal & window(200), 1000, 1000).block_mask
+    assert len(pytree.tree_leaves([mask])) > 1
     again = pytree.tree_map(lambda x: x, {"mask": mask})["mask"]
     same_mask(again, mask)
     assert again.mask_mod is mask.mask_mod

@@ -13,6 +13,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from flexsparse.classify import Rectangles
 from flexsparse.compiler import CompiledMask
+from flexsparse.default_device import cpu_by_default
 from flexsparse.drawing.block_lists import grid_of, planes_of
 from flexsparse.drawing.colours import BOTH, EACH, LIGHT, ONLY_A, ONLY_B, chosen
 from flexsparse.drawing.frame import Frame, Sides
@@ -35,6 +36,7 @@ COLOURS = [LIGHT.empty, ONLY_A, BOTH, ONLY_B, EACH]
 MEANINGS = ("neither", "only a", "both", "only b", "only a and only b")
 
 
+@cpu_by_default()
 def compare(
     a: Any,
     b: Any,

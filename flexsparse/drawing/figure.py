@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from flexsparse.classify import Grid
+from flexsparse.default_device import cpu_by_default
 from flexsparse.drawing.colours import LIGHT, painted
 from flexsparse.drawing.frame import Frame, Sides
 from flexsparse.drawing.legend import draw_head_bars, draw_key, notes, shows_heads, state_keys
@@ -19,6 +20,7 @@ from flexsparse.drawing.words import percent
 from flexsparse.errors import MaskError
 
 
+@cpu_by_default()
 def draw(
     mask: Any,
     q_len: int | None = None,

@@ -9,6 +9,7 @@ import torch
 
 from flexsparse.classify import BlockClasses
 from flexsparse.compiler import CompiledMask
+from flexsparse.default_device import cpu_by_default
 from flexsparse.drawing.colours import LIGHT, css
 from flexsparse.drawing.devices import Device, device_of
 from flexsparse.drawing.page import lengths_text
@@ -46,6 +47,7 @@ class Work(NamedTuple):
         return "compute" if by_flops else "memory"
 
 
+@cpu_by_default()
 def roofline(
     attend: CompiledMask,
     device: str | Device = "H200",

@@ -8,6 +8,7 @@ from html import escape
 from typing import Any, NamedTuple
 
 from flexsparse.compiler import CompiledMask
+from flexsparse.default_device import cpu_by_default
 from flexsparse.drawing.canvas import canvas
 from flexsparse.drawing.figure import picture
 from flexsparse.drawing.page import Layout, lengths_text
@@ -26,6 +27,7 @@ MOST_ROWS = 8  # of the table, before it is folded up
 ENOUGH = 4  # times the largest number in a mask, so that what it does is seen
 
 
+@cpu_by_default()
 def html(drawn: Any) -> str:
     """A Mask, per_head([...]), a CompiledMask or a BlockMask as HTML, without anything outside.
 

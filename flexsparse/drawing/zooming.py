@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from flexsparse.classify import Grid
+from flexsparse.default_device import cpu_by_default
 from flexsparse.drawing.colours import painted
 from flexsparse.drawing.frame import Frame, Sides
 from flexsparse.drawing.legend import draw_key, state_keys
@@ -25,6 +26,7 @@ LEFT, MAP, GAP, SIDE = 0.66, 2.0, 0.9, 4.4  # inches
 MARK = "#c0143c"
 
 
+@cpu_by_default()
 def zoom(
     mask: Any,
     q_block: int,

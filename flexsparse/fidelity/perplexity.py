@@ -41,8 +41,8 @@ def sequences(tokenizer: Any, text: str, length: int, count: int | None = None) 
             f"The text has {len(ids):,} tokens, and {count or 1} sequence(s) of {length:,} take "
             f"{(count or 1) * body:,}. Give a longer text, a shorter length or fewer sequences."
         )
-    parts = torch.tensor(ids[: body * (count or found)]).view(-1, body)
-    return torch.cat([torch.tensor(begin * len(parts)).view(len(parts), -1).long(), parts], 1)
+    parts = torch.tensor(ids[: body * (count or found)], device="cpu").view(-1, body)
+    return torch.cat([parts.new_tensor(begin * len(parts)).view(len(parts), -1), parts], 1)
 
 
 def token_losses(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexsparse.default_device import cpu_by_default
 from flexsparse.errors import MaskError
 from flexsparse.fidelity.perplexity import applied, check_length
 from flexsparse.fidelity.replay import Replay
@@ -77,6 +78,7 @@ def needle_in_a_haystack(
     return torch.stack(losses).neg().exp().cpu()
 
 
+@cpu_by_default()
 def recall_sequences(
     count: int,
     length: int,

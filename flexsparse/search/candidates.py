@@ -36,7 +36,7 @@ def costs_of(candidates: Sequence[Mask], config: Any, layers: Sequence[int], len
     Raises:
         MaskError: a candidate hides everything from the heads of a layer.
     """
-    found = torch.zeros(len(layers), len(candidates), dtype=torch.int64)
+    found = torch.zeros(len(layers), len(candidates), dtype=torch.int64, device="cpu")
     for row, layer in enumerate(layers):
         own = own_mask(config, layer)
         for column, mask in enumerate(candidates):

@@ -83,11 +83,11 @@ class Measured:
             worth: bool[slots, candidates], the changes to measure; the others are given infinity.
         """
         shape = len(self.slots), len(candidates)
-        table = torch.full(shape, torch.inf, dtype=torch.float64)
+        table = torch.full(shape, torch.inf, dtype=torch.float64, device="cpu")
         base = self.of(masks)
         for i, mask in enumerate(masks):
             table[i, [candidate == mask for candidate in candidates]] = 0
-        todo = (table > 0) & (torch.tensor(True) if worth is None else worth)
+        todo = (table > 0) & (True if worth is None else worth)
         places = todo.nonzero().tolist()
         what = f"{len(places)} single changes of a plan"
         with (

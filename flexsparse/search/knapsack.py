@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from flexsparse.default_device import cpu_by_default
 from flexsparse.errors import MaskError
 
 LARGEST_TABLE = 1 << 27  # entries; above, costs are counted in larger units
@@ -27,6 +28,7 @@ class Assignment(NamedTuple):
     bound: float
 
 
+@cpu_by_default()
 def assign(losses: Tensor, costs: Tensor, budget: int) -> Assignment:
     """The assignment of the smallest total loss whose total cost is within a budget.
 

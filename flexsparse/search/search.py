@@ -115,7 +115,7 @@ def search(
     assign(costs.double(), costs, budget)  # refuses what nothing fits, before anything runs
     current = _uniform(costs, budget)
     if first:
-        current = torch.tensor([candidates.index(mask) for mask in first])
+        current = torch.tensor([candidates.index(mask) for mask in first], device="cpu")
         cost = int(costs.gather(1, current[:, None]).sum())
         if cost > budget:
             raise MaskError(
@@ -150,7 +150,7 @@ def _refined(
     Returns:
         the last assignment, and (blocks, divergence) of the first one and of each that was better
     """
-    rows = torch.arange(len(costs))
+    rows = torch.arange(len(costs), device="cpu")
     divergence = measured.of([candidates[i] for i in current])
     cost = int(costs[rows, current].sum())
     found, history = Assignment(tuple(current.tolist()), cost, 0.0, 0.0), [(cost, divergence)]
@@ -163,7 +163,7 @@ def _refined(
         option, price, value = best, 0.0, divergence
         # Changes do not quite add up. Where those together do not help, only those are made that
         # promise more.
-        while (new := torch.tensor(option.choice)).ne(current).any():
+        while (new := torch.tensor(option.choice, device="cpu")).ne(current).any():
             value = measured.of([candidates[i] for i in new])
             if value < divergence:
                 break

@@ -151,7 +151,7 @@ def _node(scalars: Scalars, payload: Opaque, operands: list[Expr]) -> Expr:
 def _together(values: Any, dtypes: list[torch.dtype]) -> list[Tensor]:
     """Values as tensors of one shape and device, each of the dtype it had in the mask_mod."""
     devices = [x.device for x in values if isinstance(x, Tensor)]
-    device = next((x for x in devices if x.type != "cpu"), None)
+    device = next((x for x in devices if x.type != "cpu"), torch.device("cpu"))
     tensors = [
         torch.as_tensor(x, device=device).to(dtype) for x, dtype in zip(values, dtypes, strict=True)
     ]

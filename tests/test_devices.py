@@ -1,0 +1,185 @@
+"""Plans for CUDA, on a device that is pretended, and analysis under any default device."""
+
+import matplotlib
+import pytest
+import torch
+from pretend_cuda import pretend_cuda
+
+import flexsparse as fs
+from flexsparse.masks import block_sparse, causal, full, same_document, sink, strided, window
+
+matplotlib.use("Agg")
+N = 300
+IDS = torch.arange(N) // 70
+BLOCKS = torch.rand(5, 5, generator=torch.Generator().manual_seed(0)) > 0.5
+
+
+def of_a_table(ids):
+    return fs.from_mask_mod(lambda b, h, q, kv: (ids[q] == ids[kv]) & (q >= kv), device=ids.device)
+
+
+def without_a_rule(ids):
+    return fs.from_mask_mod(
+        lambda b, h, q, kv: torch.sin(ids[q].float()) >= kv * 0.01 - 1, device=ids.device
+    )
+
+
+def of_four_kinds(ids):
+    streaming = causal & (sink(4) | window(70))
+    return fs.per_head([causal, causal & window(9), streaming, causal & same_document(ids)])
+
+
+# made of a table on the device that the mask is for
+MASKS = {
+    "causal": lambda ids: causal,
+    "full": lambda ids: full,
+    "streaming": lambda ids: causal & (sink(4) | window(70)),
+    "documents": lambda ids: causal & same_document(ids),
+    "blocks": lambda ids: causal & block_sparse(BLOCKS.to(ids.device), 64),
+    "four kinds": of_four_kinds,
+    "one structure": lambda ids: fs.per_head([causal & strided(3), causal & strided(5)] * 2),
+    "mask_mod": of_a_table,
+    "mask_mod without a rule": without_a_rule,
+}
+LISTS = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices")
+
+
+@pytest.fixture(params=[False, True], ids=["", "cuda by default"])
+def cuda(request):
+    """A pretended device; the tensors on the CPU were made before."""
+    tensors = [torch.randn(1, heads, N, 32) for heads in (4, 2, 2)]
+    with pretend_cuda(by_default=request.param):
+        yield tensors, [x.to("cuda") for x in tensors], IDS.to("cuda")
+
+
+def on_cpu(make):
+    """A mask compiled for the CPU, whatever the default device is."""
+    with torch.device("cpu"):
+        return fs.compile_mask(make(IDS), N, N, device="cpu")
+
+
+def close(mine, true):
+    assert mine.is_cuda
+    torch.testing.assert_close(mine.cpu(), true.cpu())
+
+
+def test_the_pretended_device_refuses_what_cuda_refuses(cuda):
+    _, _, ids = cuda
+    assert (ids.device.type, ids[0].device.type, ids.cpu().device.type) == ("cuda", "cuda", "cpu")
+    assert (ids + torch.tensor(1, device="cpu"))[IDS].is_cuda
+    for mixed in (lambda: ids + IDS, lambda: IDS[ids], lambda: torch.cat([ids, IDS])):
+        with pytest.raises(RuntimeError, match="same device"):
+            mixed()
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_a_plan_for_cuda_is_that_for_the_cpu(cuda, name):
+    host, tensors, ids = cuda
+    mine, true = fs.compile_mask(MASKS[name](ids), N, N, device="cuda"), on_cpu(MASKS[name])
+    assert "cuda" in str(mine)
+    assert mine.cost() == true.cost()
+    for attribute in LISTS:
+        a, b = (getattr(x.block_mask, attribute) for x in (mine, true))
+        assert a.is_cuda
+        if "indices" in attribute:
+            counts = getattr(true.block_mask, attribute.replace("indices", "num_blocks"))
+            n = int(counts.max())
+            listed = torch.arange(n, device="cpu") < counts[..., None]
+            a, b = a.cpu()[..., :n][listed], b[..., :n][listed]
+        assert torch.equal(a.cpu(), b)
+    with torch.device("cpu"):
+        expected = true(*host, executor="reference")
+    for executor in ("reference", "blockwise"):
+        close(mine(*tensors, executor=executor), expected)
+    q, k, v = tensors
+    row = mine.row(N - 1)(q[:, :, -1:], k, v, executor="blockwise")
+    close(row, expected[:, :, -1:])
+
+
+def test_every_launch_has_what_its_executor_reads(cuda):
+    _, _, ids = cuda
+    attend = fs.compile_mask(of_four_kinds(ids), N, N, device="cuda")
+    for launch in attend.launches:
+        lists, mask_mod = launch.block_mask(launch.heads), launch.mask_mod(launch.heads)
+        assert lists.kv_indices.is_cuda
+        assert mask_mod(
+            *(torch.zeros((), dtype=torch.int64, device="cuda") for _ in "bhqk")
+        ).is_cuda
+    streams = next(x for x in attend.launches if 2 in x.heads)
+    assert [x.tolist() for x in streams.sinks_and_windows([2])] == [[4], [70]]
+    assert all(x.is_cuda and x.is_contiguous() for x in streams.sinks_and_windows([2]))
+
+
+def test_a_call_with_everything(cuda):
+    host, tensors, ids = cuda
+    options = {"dropout_p": 0.2, "dropout_seed": 3, "return_lse": True}
+    mine = fs.compile_mask(of_four_kinds(ids), N, N, device="cuda")
+    true = on_cpu(of_four_kinds)
+    with torch.device("cpu"):
+        expected = true(*host, executor="reference", **options)
+    for executor in ("reference", "blockwise"):
+        for a, b in zip(mine(*tensors, executor=executor, **options), expected, strict=True):
+            close(a, b)
+    q, k, v = tensors
+    bias = torch.arange(4).to("cuda")
+    chunk = mine.at(20, 200)(
+        q[:, :, :20], k[:, :, :200], v[:, :, :200], executor="blockwise",
+        score_mod=lambda score, b, h, q, kv: score + bias[h] * (q - kv), dropout_p=0.1,
+    )  # fmt: skip
+    assert chunk.is_cuda
+
+
+def test_questions_about_a_mask_with_tables_on_cuda(cuda):
+    _, _, ids = cuda
+    mask, masks = causal & same_document(ids), of_four_kinds(ids)
+    assert fs.check(mask, N, N)
+    assert fs.check(without_a_rule(ids), N, N) is not None
+    assert fs.diff(mask, causal, N, N)
+    assert not mask.explain(q=100, kv=3)
+    attend = fs.compile_mask(masks, N, N, device="cuda")
+    for figure in (
+        fs.draw(masks, N, N), fs.draw(attend.block_mask), fs.compare(mask, causal, N, N),
+        fs.zoom(attend, 1, 1), fs.roofline(attend),
+    ):  # fmt: skip
+        assert figure.axes
+    assert "<" in attend._repr_html_()
+    assert "<" in mask._repr_html_()
+
+
+def test_create_block_mask(cuda):
+    _, _, ids = cuda
+    mine = fs.create_block_mask(
+        lambda b, h, q, kv: (ids[q] == ids[kv]) & (q - kv < 9 * h + b) & (q >= kv), 2, 4, N, N,
+        device="cuda",
+    )  # fmt: skip
+    true = fs.create_block_mask(
+        lambda b, h, q, kv: (IDS[q] == IDS[kv]) & (q - kv < 9 * h + b) & (q >= kv), 2, 4, N, N,
+        device="cpu",
+    )  # fmt: skip
+    assert mine.kv_indices.is_cuda
+    assert torch.equal(mine.kv_num_blocks.cpu(), true.kv_num_blocks)
+
+
+def test_packed_sequences(cuda):
+    host, tensors, _ = cuda
+    ends = torch.tensor([0, 70, 140, N], dtype=torch.int32, device="cpu")
+    host, tensors = ([x[0].transpose(0, 1) for x in three] for three in (host, tensors))
+    with torch.device("cpu"):
+        expected = fs.varlen(*host, ends, mask=causal & window(50), executor="reference")
+    for options in ({}, {"own_blocks": True}, {"q_offset": ends[:3].to("cuda") * 0}):
+        mine = fs.varlen(
+            *tensors, ends.to("cuda"), mask=causal & window(50), executor="blockwise", **options
+        )
+        close(mine, expected)
+
+
+def test_a_default_device_without_numbers():
+    """As models are made under torch.device("meta") before their weights are loaded."""
+    q, k, v = (torch.randn(1, 4, N, 32) for _ in range(3))
+    expected = on_cpu(of_four_kinds)(q, k, v, executor="reference")
+    with torch.device("meta"):
+        attend = fs.compile_mask(of_four_kinds(IDS), N, N, device="cpu")
+        assert attend.block_mask.kv_indices.device.type == "cpu"
+        assert fs.check(causal & window(9), N, N)
+        out = attend(q, k, v, executor="blockwise")
+    torch.testing.assert_close(out, expected)
