@@ -152,6 +152,8 @@ def _choose(
         dropout=modifiers.dropout,
         return_lse=modifiers.return_lse,
     )
+    if executor is None and not q.shape[0]:
+        return "reference"  # of no batch rows; kernels are not made for it
     if executor is None:
         return next(name for name, reason in found if reason is None)
     reasons = dict(found)

@@ -206,6 +206,17 @@ def test_gradients_agree_with_finite_differences():
     assert torch.autograd.gradcheck(run, random_inputs(1, 2, 1, 7, 9, d=3, dv=2))
 
 
+def test_torch_func_gives_the_same_gradients():
+    inputs, block_mask, _ = reference_case()
+
+    def loss(q, k, v):
+        out, lse = blockwise.run(q, k, v, block_mask, return_lse=True)
+        return out.sin().sum() + lse.masked_fill(lse == -math.inf, 0).sum()
+
+    mine = torch.func.grad(loss, argnums=(0, 1, 2))(*(x.detach() for x in inputs))
+    torch.testing.assert_close(mine, torch.autograd.grad(loss(*inputs), inputs))
+
+
 def test_score_mod_gives_gradients_to_what_it_captures():
     bias = torch.randn(4, 500, dtype=torch.float64, requires_grad=True)
     doubled, slope = bias * 2, torch.rand(4, dtype=torch.float64, requires_grad=True)

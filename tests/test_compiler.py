@@ -190,6 +190,17 @@ def test_gradients_on_cpu():
         torch.testing.assert_close(mine, their)
 
 
+def test_no_batch_rows_give_none():
+    attend = compile_mask(per_head([causal, STREAMING] * 2), 150, 200)
+    q, k, v = (x.requires_grad_() for x in inputs(150, 200, n_kv_heads=2, batch=0, v_dim=16))
+    out, lse = attend(q, k, v, return_lse=True, dropout_p=0.1)
+    assert (out.shape, lse.shape) == ((0, 4, 150, 16), (0, 4, 150))
+    assert attend(q.detach(), k.detach(), v.detach()).shape == out.shape
+    assert [x.shape for x in torch.autograd.grad(out.sum(), (q, k, v))] == [
+        x.shape for x in (q, k, v)
+    ]
+
+
 def test_the_block_mask_works_with_plain_flex_attention():
     from torch.nn.attention.flex_attention import flex_attention
 

@@ -173,7 +173,7 @@ class _Scratch:
 class _Blockwise(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, call: Call, q: Tensor, k: Tensor, v: Tensor, *captured: Tensor
+        call: Call, q: Tensor, k: Tensor, v: Tensor, *captured: Tensor
     ) -> tuple[Tensor, Tensor]:
         block_q, block_kv = call.sizes.block
         dtype = torch.promote_types(q.dtype, torch.float32)
@@ -215,11 +215,13 @@ class _Blockwise(torch.autograd.Function):
             out.index_copy_(0, at.q_block, new_out)
         out.div_(mass.masked_fill(mass == 0, 1))
         lse = torch.where(mass == 0, -torch.inf, top / LOG2_E + mass.log())
-        out, lse = _unblocks(out, q).to(q.dtype), _unblocks(lse, q).squeeze(-1)
-        ctx.call, ctx.captured = call, captured
-        ctx.save_for_backward(q, k, v, out, lse)
+        return _unblocks(out, q).to(q.dtype), _unblocks(lse, q).squeeze(-1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.call, q, k, v, *ctx.captured = inputs
+        ctx.save_for_backward(q, k, v, *output)
         ctx.set_materialize_grads(False)
-        return out, lse
 
     @staticmethod
     @torch.autograd.function.once_differentiable
