@@ -365,6 +365,13 @@ def test_a_mistake_is_named(changes, text):
         blockwise.run(**wrong(**changes))
 
 
+def test_a_whole_graph_is_refused_in_a_sentence():
+    inputs, block_mask, _ = reference_case()
+    run = torch.compile(blockwise.run, fullgraph=True, backend="eager")
+    with pytest.raises(Exception, match="runs between graphs: drop fullgraph=True"):
+        run(*inputs, block_mask)
+
+
 @pytest.mark.parametrize("p", [1.0, -0.1, math.nan])
 def test_dropout_outside_its_range_is_refused(p):
     with pytest.raises(MaskError, match=rf"dropout_p={p} .* 0 <= dropout_p < 1"):

@@ -29,6 +29,10 @@ from flexsparse.executors.schedule import Sizes
 Mod = Callable[..., Tensor]
 
 LARGEST_BLOCK = 1 << 24  # scores
+NO_GRAPH = (
+    "flexsparse's blockwise executor, which on CPU has the gradients, dropout and the LSE, loops "
+    "over its block lists and runs between graphs: drop fullgraph=True"
+)
 
 
 def run(
@@ -57,6 +61,8 @@ def run(
         return_lse: give the LSE of the undropped softmax: float32, natural log, -inf where a row
             keeps nothing (and out is 0).
     """
+    if torch.compiler.is_compiling():
+        torch._dynamo.graph_break(msg=NO_GRAPH)
     refuse_mistakes(q, k, v, block_mask)
     reason = unsupported(q, k, v, block_mask.BLOCK_SIZE)
     if reason is not None:
