@@ -1,11 +1,15 @@
 """Plans for CUDA, on a device that is pretended, and analysis under any default device."""
 
+import types
+
 import matplotlib
 import pytest
 import torch
 from pretend_cuda import pretend_cuda
 
 import flexsparse as fs
+from flexsparse.compat.block_sparse_attn import block_sparse_attn_func
+from flexsparse.executors import flash, flex, streaming
 from flexsparse.masks import block_sparse, causal, full, same_document, sink, strided, window
 
 matplotlib.use("Agg")
@@ -171,6 +175,60 @@ def test_packed_sequences(cuda):
             *tensors, ends.to("cuda"), mask=causal & window(50), executor="blockwise", **options
         )
         close(mine, expected)
+
+
+@pytest.fixture
+def without_kernels(monkeypatch):
+    """What would be compiled for CUDA goes to blockwise."""
+    for executor in (flex, flash, streaming):
+        monkeypatch.setattr(executor, "unsupported", lambda *_, **__: "the device is pretended")
+
+
+def test_block_sparse_attention_scripts(cuda, without_kernels):
+    host, tensors, _ = cuda
+    host, tensors = ([x[0].transpose(0, 1) for x in three] for three in (host, tensors))
+    with torch.device("cpu"):
+        ends = torch.tensor([0, 70, 140, N], dtype=torch.int32)
+        head_types = torch.tensor([0, 1, -1, 1], dtype=torch.int32)
+        streaming_info = torch.tensor([0, 0, 0, 0, 1, 2, 0, 0], dtype=torch.int32)
+        data = (
+            ends,
+            ends,
+            head_types,
+            streaming_info,
+            BLOCKS[:3, None, None].expand(3, 2, 2, 5)[..., :2],
+        )
+        expected = block_sparse_attn_func(*host, *data, 160, 160, 0.0, is_causal=True)
+    moved = [x.to("cuda") for x in data]
+    close(block_sparse_attn_func(*tensors, *moved, 160, 160, 0.0, is_causal=True), expected)
+
+
+@pytest.mark.parametrize("q_len", [N, 1])
+def test_layers_of_transformers(cuda, without_kernels, q_len):
+    pytest.importorskip("transformers")
+    from flexsparse.integrations.transformers.attention import (
+        HEADS,
+        attention_forward,
+        model_mask,
+    )
+
+    layer = types.SimpleNamespace(is_causal=True, **{HEADS: of_four_kinds(IDS)})
+
+    def attend(tensors, padding):
+        q, k, v = tensors
+        mask = model_mask(
+            1, q_len, N, N - q_len, mask_function=lambda b, h, q_idx, kv_idx: q_idx >= kv_idx,
+            attention_mask=padding, device=q.device,
+        )  # fmt: skip
+        return attention_forward(layer, q[:, :, -q_len:], k, v, mask)[0]
+
+    host, tensors, ids = cuda
+    for padding in (None, (IDS > 0)[None]):
+        with torch.device("cpu"):
+            setattr(layer, HEADS, of_four_kinds(IDS))
+            expected = attend(host, padding)
+        setattr(layer, HEADS, of_four_kinds(ids))
+        close(attend(tensors, padding if padding is None else padding.to("cuda")), expected)
 
 
 def test_a_default_device_without_numbers():
