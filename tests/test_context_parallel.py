@@ -1,4 +1,8 @@
-"""torch's context parallelism shards attend.block_mask as it shards its own BlockMasks."""
+"""A sequence over several processes: torch's context parallelism, and the example's own."""
+
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,12 +12,20 @@ import torch.multiprocessing as mp
 import flexsparse as fs
 from flexsparse.masks import causal, sink, window
 
-attention = pytest.importorskip("torch.distributed.tensor.experimental._attention")
 WORLD, N = 2, 512  # torch shards by blocks of 128
+EXAMPLE = Path(__file__).parent.parent / "examples" / "context_parallel.py"
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not dist.is_available() or not dist.is_gloo_available(), reason="needs torch's gloo"
+    ),
+]
 
 
 def attend_in_parallel(rank, folder):
     from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.experimental import _attention as attention
     from torch.distributed.tensor.parallel import parallelize_module
     from torch.nn.attention.flex_attention import flex_attention
 
@@ -40,7 +52,17 @@ def attend_in_parallel(rank, folder):
     dist.destroy_process_group()
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
-def test_a_sharded_mask_is_the_mask(tmp_path):
+def test_torch_shards_attend_block_mask(tmp_path):
+    pytest.importorskip("torch.distributed.tensor.experimental._attention")
     mp.spawn(attend_in_parallel, (tmp_path,), nprocs=WORLD)
+
+
+@pytest.mark.parametrize(("causal_heads", "sent"), [(0, 2), (1, 3)])
+def test_only_keys_that_are_seen_are_sent(causal_heads, sent):
+    command = [sys.executable, EXAMPLE, "--world", "2", "--tokens", "2048"]
+    done = subprocess.run(
+        [*command, "--causal-heads", str(causal_heads)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "output and gradients are those of one run" in done.stdout
+    assert f"chunks of keys sent: {sent} of the 4 of an all-gather" in done.stdout
