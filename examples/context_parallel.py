@@ -50,6 +50,8 @@ def chunks_of(rank, world):
 def attend_in_parallel(rank, world, options):
     """One process: the same random tokens everywhere, of which it keeps its own chunks."""
     device = torch.device("cuda", rank % torch.cuda.device_count()) if options.cuda else "cpu"
+    if options.cuda:
+        torch.cuda.set_device(device)
     dist.init_process_group("nccl" if options.cuda else "gloo", rank=rank, world_size=world)
     torch.manual_seed(0)
     tokens, rows = options.tokens, options.tokens // (2 * world)
@@ -114,7 +116,7 @@ if __name__ == "__main__":
     parser.add_argument(
         "--world", type=int, default=2, help="processes, unless torchrun counts them"
     )
-    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--tokens", type=int, default=4096, help="a multiple of 2 * world")
     parser.add_argument(
         "--causal-heads", type=int, default=0, help="of 8, that see all before them"
     )
