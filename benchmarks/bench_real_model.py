@@ -106,13 +106,16 @@ def _searched(name: str, model, ids, **options) -> dict:
 
 
 def criteria(model, tokenizer) -> dict:
-    """Plans of the same density by the criteria that do not look at the plan itself."""
-    ids = sequences(tokenizer, manual(), LENGTH)[CALIBRATION]
+    """Plans of the same density by the criteria that do not look at the plan itself, and judged."""
+    ids = sequences(tokenizer, manual(), LENGTH)
+    plans = {}
     for criterion in ("mass", "output", "ablation"):
-        result = search(model, ids, TARGETS["plan_27"][0], criterion=criterion, every=8)
+        searched = ids[CALIBRATION]
+        result = search(model, searched, TARGETS["plan_27"][0], criterion=criterion, every=8)
         result.plan.save(RESULTS / f"plan_27_{criterion}.json")
         print(result, flush=True)
-    return {"sequences": len(ids), "every": 8}
+        plans[f"plan_27_{criterion}"] = result.plan
+    return {"sequences": len(searched), "every": 8, **_measured(model, ids[HELD_OUT], plans)}
 
 
 def heldout(model, tokenizer) -> dict:

@@ -16,7 +16,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 CUDA = torch.device("cuda:0")
 MOVES = (Tensor.to, Tensor.cpu, Tensor.cuda, Tensor.copy_)
 GETTERS = {Tensor.device: CUDA, Tensor.is_cuda: True, Tensor.is_cpu: False}
-PLAIN = (Tensor, torch.nn.Parameter)
 mapped: list = []  # the functions being mapped by torch.vmap, whose tensors are its own
 
 
@@ -38,9 +37,12 @@ class OnCuda(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        if any(x not in (OnCuda, *PLAIN) for x in types):
+        if any(x not in KNOWN for x in types):
             return NotImplemented  # from_mask_mod's stand-ins trace it
         return run(func, args, kwargs or {})
+
+
+KNOWN = (OnCuda, Tensor, torch.nn.Parameter)
 
 
 class _Mode(TorchFunctionMode):
@@ -70,7 +72,7 @@ def run(func, args, kwargs):
         raise TypeError("can't convert cuda:0 device type tensor to numpy")
     if there and func not in MOVES and not mapped:
         _refuse_mixed(func, args, tensors)
-    if there and any(not isinstance(x, (OnCuda, *PLAIN)) or _is_stand_in(x) for x in tensors):
+    if there and any(map(_is_stand_in, tensors)):
         return _traced(func, args, kwargs)
     is_moved = _moves_to_cuda(func, args, leaves, there)
     if func is Tensor.cuda:
@@ -101,7 +103,8 @@ def _is_device(x):
 
 
 def _is_stand_in(x):
-    return type(x) is not Tensor and not isinstance(x, (OnCuda, torch.nn.Parameter))
+    """Whether it is one of those from_mask_mod traces with."""
+    return type(x) not in KNOWN
 
 
 def _moves_to_cuda(func, args, leaves, there):
