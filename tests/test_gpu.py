@@ -46,6 +46,7 @@ CASES = [
     ("flash", [packed(ENDS)] * 4, (4, 2), (N, N)),
     ("streaming", [STREAMING, causal & window(9), causal, STREAMING], (4, 2), (N, N)),
     ("streaming", [STREAMING] * 4, (4, 4), (100, N)),
+    ("streaming", [causal & (sink(4) | window(600))] * 2, (2, 2), (700, 700)),
     ("flex", [STREAMING] * 4, (4, 1), (N, N)),
     ("flex", [causal & strided(3), causal & strided(5)] * 2, (4, 2), (100, N)),
     ("flex", [same_document(IDS)] * 4, (4, 2), (N, N)),
@@ -155,12 +156,15 @@ MIXED = [causal] * 2 + [STREAMING, causal & (sink(9) | window(5))] + [causal & w
 MIXED += [causal & strided(3), causal & strided(7)]
 
 
-def test_heads_of_many_kinds_run_together():
-    attend, tensors = compiled(MIXED, (N, N)), inputs((8, 4), (N, N))
-    if not DRY_RUN:
-        used = {launch.usual_executor for launch in attend.launches}
-        assert used == {"sdpa", "flash", "streaming", "flex"}
-    check(attend(*tensors), None, tensors, dense(MIXED, (N, N)))
+@pytest.mark.parametrize("default", [torch.device("cpu"), torch.device(DEVICE)], ids=str)
+def test_heads_of_many_kinds_run_together(default):
+    with default:
+        attend, tensors = compiled(MIXED, (N, N)), inputs((8, 4), (N, N))
+        if not DRY_RUN:
+            used = {launch.usual_executor for launch in attend.launches}
+            assert used == {"sdpa", "flash", "streaming", "flex"}
+        out = attend(*tensors)
+    check(out, None, tensors, dense(MIXED, (N, N)))
 
 
 def test_a_model_with_heads_of_many_kinds_is_one_graph():
