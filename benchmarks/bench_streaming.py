@@ -120,7 +120,7 @@ class Bench:
         sinks, windows = torch.tensor(numbers, dtype=torch.int32, device=self.device)
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            out = streaming_attention(q, k, v, sinks, windows, max_sink=s, max_window=w)
+            out = streaming_attention(q, k, v, sinks, windows, max_sink=s)
             assert isinstance(out, Tensor)
             return out
 

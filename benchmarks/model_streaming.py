@@ -2,8 +2,9 @@
 
     python benchmarks/model_streaming.py            # needs no GPU and no triton
 
-For every pattern: the keys a tile plan visits against the keys the mask needs, our tiles beside
-FlexAttention's blocks of 128, and the time the visited work takes at the datasheet's rates. `bound`
+For every pattern: the keys a tile plan visits against the keys the mask needs, and the time the
+visited work takes at the datasheet's rates. Our tiles are two halves of 64 rows that share the keys
+both see; beside them are plain tiles of 64 and 128 rows and FlexAttention's blocks of 128. `bound`
 is the roofline of the needed work, what "within 2 x of the roofline" refers to. These are
 predictions; measured times are in results/*.json and nowhere else.
 """
@@ -13,8 +14,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from typing import NamedTuple
-
-from flexsparse.executors.streaming_tiles import WIDE
 
 PATTERNS = ((64, 256), (4, 64), (128, 1024))  # (sink, window) in tokens
 TARGETS = {(64, 256): 1.25, (4, 64): 2.2}  # visited / needed, at most
@@ -36,20 +35,23 @@ class Device(NamedTuple):
 DEVICES = (Device("A100", 312e12, 2.0e12, 4.0e12), Device("H200", 989e12, 4.8e12, 5.5e12))
 
 
+class Visit(NamedTuple):
+    """Keys that a program reads, and the sum of those that each of its tiles of rows visits."""
+
+    read: int
+    visited: int
+
+
 class Plan(NamedTuple):
     """How a kernel cuts the work: rows of one head in a tile, its keys, heads sharing keys."""
 
     name: str
     rows: int
-    wide_rows: int  # where the window is wide
+    halves: int  # tiles of rows in a program, which reads their keys once
     kv: int
     dkdv_kv: int  # keys of a tile of the kernel for dk and dv, which walks rows
     pack: int
-    visited: Callable[[int, int, int, int, int], int]
-
-    def rows_of(self, window: int) -> int:
-        """Rows of one head in a tile."""
-        return self.wide_rows if window >= WIDE else self.rows
+    visit: Callable[..., Visit]
 
 
 class Count(NamedTuple):
@@ -72,31 +74,42 @@ def needed_keys(p: int, sink: int, window: int) -> int:
     return min(p + 1, window) + max(0, min(sink, p + 1 - window))
 
 
-def visited_by_tiles(row0: int, row1: int, sink: int, window: int, kv: int, rest: int = 16) -> int:
-    """Keys that rows row0..row1 visit: `schedule` in streaming_kernels.py, written out."""
-    end = row1 + 1
+def visit_by_tiles(
+    row0: int, row1: int, sink: int, window: int, plan: Plan, rest: int = 16
+) -> Visit:
+    """Of rows row0..row1: `schedule` and `halve` in streaming_kernels.py, written out."""
+    kv, end = plan.kv, row1 + 1
     sink = min(sink, end)
     start = min(max(row0 - window + 1, 0), end) if window > 0 else end
     small = sink % kv if sink % kv <= rest else 0
-    apart = cdiv(sink - small, kv) + cdiv(end - start, kv)
-    if start < sink or cdiv(end, kv) <= apart:
-        return cdiv(end, kv) * kv
-    return apart * kv + (rest if small else 0)
+    n_sink = cdiv(sink - small, kv)
+    n_tiles = n_sink + cdiv(end - start, kv)
+    small = rest if small else 0
+    if start < sink or cdiv(end, kv) <= n_tiles:
+        n_sink, n_tiles, start, small = 0, cdiv(end, kv), 0, 0
+    if plan.halves == 1:
+        return Visit(n_tiles * kv + small, n_tiles * kv + small)
+    middle = row0 + plan.rows
+    n_seen = min(n_sink + cdiv(max(min(middle, end) - start, 0), kv), n_tiles)
+    n_lower = min(max(middle - window + 1 - start, 0) // kv, n_seen - n_sink) if start else 0
+    return Visit(n_tiles * kv + small, (n_seen + n_tiles - n_lower) * kv + 2 * small)
 
 
-def visited_by_blocks(row0: int, row1: int, sink: int, window: int, block: int) -> int:
+def visit_by_blocks(row0: int, row1: int, sink: int, window: int, plan: Plan) -> Visit:
     """Keys in the aligned blocks that hold a kept pair: what a BlockMask schedules."""
-    last = row1 // block
-    first = max(0, row0 - window + 1) // block
-    n_sink = cdiv(min(sink, row1 + 1), block)
-    return (last - first + 1 + min(first, n_sink)) * block
+    last = row1 // plan.kv
+    first = max(0, row0 - window + 1) // plan.kv
+    n_sink = cdiv(min(sink, row1 + 1), plan.kv)
+    keys = (last - first + 1 + min(first, n_sink)) * plan.kv
+    return Visit(keys, keys)
 
 
 PLANS = {
-    "ours": Plan("ours", 64, 128, 64, 64, 1, visited_by_tiles),
-    "ours, always 128 rows": Plan("ours, always 128 rows", 128, 128, 64, 64, 1, visited_by_tiles),
-    "ours, 4 heads packed": Plan("ours, 4 heads packed", 32, 32, 64, 64, 4, visited_by_tiles),
-    "flex 128": Plan("flex 128", *[FLEX_BLOCK] * 4, 1, visited_by_blocks),
+    "ours": Plan("ours", 64, 2, 64, 64, 1, visit_by_tiles),
+    "ours, 4 heads packed": Plan("ours, 4 heads packed", 16, 2, 64, 64, 4, visit_by_tiles),
+    "64 rows": Plan("64 rows", 64, 1, 64, 64, 1, visit_by_tiles),
+    "128 rows": Plan("128 rows", 128, 1, 64, 64, 1, visit_by_tiles),
+    "flex 128": Plan("flex 128", FLEX_BLOCK, 1, FLEX_BLOCK, FLEX_BLOCK, 1, visit_by_blocks),
 }
 
 
@@ -106,12 +119,12 @@ def count(
     """Pairs needed and visited, and bytes, of q_len = kv_len = length."""
     needed = sum(needed_keys(p, sink, window) for p in range(length))
     visited = keys = 0
-    rows = plan.rows_of(window)
+    rows = plan.rows * plan.halves
     for row0 in range(0, length, rows):
         row1 = min(row0 + rows, length) - 1
-        seen = plan.visited(row0, row1, sink, window, plan.kv)
-        keys += seen
-        visited += seen * rows
+        seen = plan.visit(row0, row1, sink, window, plan)
+        keys += seen.read
+        visited += seen.visited * plan.rows
     once = length * d * BYTES * (2 * n_heads + 2 * n_kv_heads)  # q, out; k, v
     l2_bytes = keys * 2 * d * BYTES * n_heads / plan.pack
     # a key is seen by the rows of its window, a sink by all that follow it
@@ -124,8 +137,8 @@ def count(
 def steady_ratio(plan: Plan, sink: int, window: int) -> float:
     """Visited / needed far from the first row, where every row of tiles is alike."""
     row0 = 1 << 20
-    seen = plan.visited(row0, row0 + plan.rows_of(window) - 1, sink, window, plan.kv)
-    return seen / (sink + window)
+    seen = plan.visit(row0, row0 + plan.rows * plan.halves - 1, sink, window, plan)
+    return seen.visited / plan.halves / (sink + window)
 
 
 def times(work: Count, device: Device, d: int, backward: bool) -> tuple[float, float, float]:

@@ -16,11 +16,16 @@ import time
 from bench_streaming import PATTERNS, Bench, measure_pass
 
 from flexsparse.executors import streaming_ops, streaming_tiles
+from flexsparse.executors.streaming_tiles import Tile
 
-CANDIDATES = [
-    streaming_tiles.Tile(*numbers)
-    for numbers in itertools.product((32, 64, 128), (32, 64, 128), (4, 8), (2, 3))
-]
+# rows, keys, warps, stages and, but for dkdv, halves
+OF_ROWS = itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3), (2, 1))
+OF_KEYS = itertools.product((32, 64, 128), (32, 64, 128), (4, 8), (2, 3))
+CANDIDATES = {
+    "fwd": [Tile(*numbers) for numbers in OF_ROWS],
+    "dkdv": [Tile(*numbers) for numbers in OF_KEYS],
+}
+CANDIDATES["dq"] = CANDIDATES["fwd"]
 
 
 def main() -> None:
@@ -33,22 +38,20 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=540, help="start no candidate after these")
     parser.add_argument("--dry-run", action="store_true", help="tiny, on a CPU")
     args = parser.parse_args()
-    candidates, patterns = CANDIDATES, PATTERNS
+    n_candidates, patterns = None, PATTERNS
     if args.dry_run:
         args.length, args.heads, args.kv_heads, args.head_dim = 128, 2, 1, 32
-        candidates, patterns = CANDIDATES[:1], PATTERNS[:1]
+        n_candidates, patterns = 1, PATTERNS[:1]
     bench, stop = Bench(args), time.perf_counter() + args.seconds
     *tensors, dout = bench.tensors(args.length)
-    usual = streaming_tiles.tiles_for(tensors[0], tensors[2])
-    pack = streaming_tiles.pack_of(args.heads // args.kv_heads)
-    for kernel in ("fwd", "dq", "dkdv"):
+    usual = streaming_tiles.tiles_for(tensors[0], tensors[2], softcap=0.0)
+    for kernel, candidates in CANDIDATES.items():
         name = "fwd" if kernel == "fwd" else "fwd_bwd"
-        heights = {kernel, f"{kernel}_tall"} & set(usual._fields)
         found = []
         # patterns share what is compiled for a candidate
-        for tile, (s, w) in itertools.product(candidates, patterns):
-            tiles = usual._replace(**dict.fromkeys(heights, tile))
-            streaming_ops.tiles_for = lambda q, v, tiles=tiles: tiles
+        for tile, (s, w) in itertools.product(candidates[:n_candidates], patterns):
+            tiles = usual._replace(**{kernel: tile})
+            streaming_ops.tiles_for = lambda *args, tiles=tiles: tiles
             if time.perf_counter() > stop:
                 print("out of time")
                 break
@@ -59,8 +62,7 @@ def main() -> None:
                 continue
             found.append(((s, w), ms, tile))
         for pattern in patterns:
-            is_tall = kernel != "dkdv" and streaming_tiles.is_tall(pack, pattern[1])
-            in_use = getattr(usual, f"{kernel}_tall" if is_tall else kernel)
+            in_use = getattr(usual, kernel)
             print(f"{kernel}, (sink, window) {pattern}, {name}; in use {in_use}")
             for _, ms, tile in sorted(x for x in found if x[0] == pattern)[:6]:
                 print(f"    {ms:8.3f} ms  {tile}", flush=True)

@@ -126,7 +126,6 @@ def _run(
             scale=scale,
             q_offset=launch.grid.q_offset,
             max_sink=max(sink for sink, _ in launch.streams),
-            max_window=max(window for _, window in launch.streams),
             return_lse=return_lse,
         )
     if name == "gather":

@@ -118,17 +118,25 @@ def test_sink_gradients_do_not_depend_on_how_rows_are_cut(monkeypatch, max_sink)
 
 
 @here
-@pytest.mark.parametrize("max_window", [None, 10, 700])
-def test_any_height_of_tiles_is_right(monkeypatch, max_window):
-    tall = streaming_tiles.Tile(64, 32, 4, 1)
-    tiles = streaming_tiles.FLOAT32_TILES._replace(fwd_tall=tall, dq_tall=tall)
+@pytest.mark.parametrize("rows", [16, 32, 64])
+@pytest.mark.parametrize("halves", [1, 2])
+@pytest.mark.parametrize("n_kv_heads", [1, 4])
+def test_any_cut_of_the_rows_is_right(monkeypatch, rows, halves, n_kv_heads):
+    tile = streaming_tiles.Tile(rows, 16, 4, 1, halves)
+    tiles = streaming_tiles.FLOAT32_TILES._replace(fwd=tile, dq=tile)
     monkeypatch.setattr(streaming_tiles, "FLOAT32_TILES", tiles)
-    tensors, sink, window = inputs(150, 170, 2, 2, 32, 32), numbers([4, 40]), numbers([700, 10])
-    mine = run(
-        streaming_attention, tensors, sink, window, max_window=max_window, softcap=4.0,
-        return_lse=True,
-    )  # fmt: skip
+    sink, window = numbers([4, 40, 17, 0]), numbers([700, 10, 32, 33])
+    tensors = inputs(150, 170, 4, n_kv_heads, 32, 32)
+    mine = run(streaming_attention, tensors, sink, window, softcap=4.0, return_lse=True)
     assert_close(mine, run(reference, in_float64(tensors), sink, window, softcap=4.0))
+
+
+@here
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+def test_the_scale_need_not_be_positive(scale):
+    tensors, sink, window = inputs(70, 70, 2, 1, 32, 32), numbers([4, 40]), numbers([16, 9])
+    mine = run(streaming_attention, tensors, sink, window, scale=scale, return_lse=True)
+    assert_close(mine, run(reference, in_float64(tensors), sink, window, scale=scale))
 
 
 @here
@@ -243,7 +251,7 @@ def test_rounding_is_at_most_twice_that_of_dense_attention(dtype):
 def test_torch_sees_well_formed_operators():
     q, k, v = inputs(17, 20, 2, 1, 32, 32)
     sink, window = numbers([4, 2]), numbers([16, 3])
-    forward = (q, k, v, sink, window, None, None, None, 0.2, 0.0, 16, 16)
+    forward = (q, k, v, sink, window, None, None, None, 0.2, 0.0, 16)
     torch.library.opcheck(streaming_ops.streaming_forward, forward)
     q, k, v = (x.detach() for x in (q, k, v))
     out, lse = streaming_ops.streaming_forward(q, k, v, *forward[3:])

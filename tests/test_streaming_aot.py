@@ -27,7 +27,7 @@ from flexsparse.executors import (  # noqa: E402
     streaming_tiles,
 )
 
-CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 # bytes a program may ask for; sm_80 has 163 KB, but sm_86, sm_89 and sm_120 take its tiles too
 SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 POINTERS = {
@@ -88,9 +88,21 @@ def resources(binary, folder):
     path = folder / "kernel.cubin"
     path.write_bytes(binary.asm["cubin"])
     text = subprocess.run(
-        [str(CUOBJDUMP), "-res-usage", str(path)], capture_output=True, text=True, check=True
+        [str(TOOLS / "cuobjdump"), "-res-usage", str(path)],
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout
     return {key: int(re.search(rf"{key}:(\d+)", text)[1]) for key in ("REG", "STACK", "LOCAL")}
+
+
+def serialized(binary, folder):
+    """Why ptxas lets every wgmma wait for the one before, or nothing."""
+    path = folder / "kernel.ptx"
+    path.write_text(binary.asm["ptx"])
+    command = [TOOLS / "ptxas", "-v", "--gpu-name=sm_90a", path, "-o", folder / "again.cubin"]
+    log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return re.findall("wgmma.mma_async instructions are serialized due to .*", log)
 
 
 def tensors(d, dv, group_size, dtype, q_len=128):
@@ -130,40 +142,41 @@ def check(launches, arch, folder):
         products = kwargs.get("BLOCK_Q", 0) * kwargs.get("PACK", 0) or kwargs.get("BLOCK_KV", 0)
         if arch == 90 and products >= 64 and "decode" not in kernel.__name__:
             assert "wgmma.mma_async" in binary.asm["ptx"], f"no wgmma: {what}"
+        if arch == 90:
+            waits = serialized(binary, folder)
+            assert not waits, f"{waits}: {what}"
 
 
 slow = pytest.mark.slow
 ARCHES = [pytest.param(80, marks=slow), 90, pytest.param(100, marks=slow)]
 
-# d, dv, heads of a group, packed sequences, soft-cap, window: sequences and cap take most registers
+# d, dv, heads of a group, packed sequences, soft-cap: sequences and cap take most registers
 CASES = [
-    (64, 64, 1, True, 5.0, 256),
-    (64, 64, 1, True, 5.0, 512),
-    (64, 64, 4, True, 5.0, 256),
-    (128, 128, 1, True, 5.0, 256),
-    (128, 128, 1, True, 5.0, 512),
-    (128, 128, 4, True, 5.0, 256),
-    (192, 128, 4, False, 0.0, 256),
-    (256, 256, 1, True, 5.0, 256),
-    (256, 256, 1, True, 5.0, 512),
-    (256, 256, 4, True, 5.0, 256),
+    (64, 64, 1, True, 5.0),
+    (64, 64, 4, True, 5.0),
+    (128, 128, 1, False, 0.0),
+    (128, 128, 1, True, 5.0),
+    (128, 128, 4, True, 5.0),
+    (192, 128, 4, False, 0.0),
+    (256, 256, 1, True, 5.0),
+    (256, 256, 4, True, 5.0),
 ]
 
 
-@pytest.mark.parametrize(("d", "dv", "group_size", "packed", "softcap", "window"), CASES)
+@pytest.mark.parametrize(("d", "dv", "group_size", "packed", "softcap"), CASES)
 @pytest.mark.parametrize("arch", ARCHES)
 def test_every_tile_size_compiles_without_spills(
-    launches, monkeypatch, tmp_path, arch, d, dv, group_size, packed, softcap, window
+    launches, monkeypatch, tmp_path, arch, d, dv, group_size, packed, softcap
 ):
     monkeypatch.setattr(streaming_tiles, "architecture", lambda device: arch)
     monkeypatch.setattr(streaming_tiles, "MIN_CHUNK", 64)  # so that the partial dkdv launch happens
     q, k, v, *numbers = tensors(d, dv, group_size, torch.bfloat16)
     cu = torch.tensor([0, 128], dtype=torch.int32) if packed else None
-    rest = (*numbers, None, cu, cu, 0.1, softcap, 64, window)
+    rest = (*numbers, None, cu, cu, 0.1, softcap, 64)
     out, lse = streaming_ops.streaming_forward(q, k, v, *rest)
     streaming_ops.streaming_backward(out, lse, q, k, v, out, lse, *rest)
-    # the dkdv kernel is the same for every group size and window
-    if (group_size > 1 or window >= streaming_tiles.WIDE) and d == dv:
+    # the dkdv kernel is the same for every group size
+    if group_size > 1 and d == dv:
         launches[:] = [x for x in launches if "dkdv" not in x[0].__name__]
     check(launches, arch, tmp_path)
 
@@ -176,22 +189,12 @@ def test_new_numbers_and_lengths_compile_nothing(launches, monkeypatch):
         q = torch.zeros(1, 4, length, 64, dtype=torch.bfloat16)
         k = v = q[:, :2]
         numbers = torch.full((4,), max_sink, dtype=torch.int32)
-        rest = (numbers, numbers, None, None, None, 0.1, 0.0, max_sink, max_sink // 4)
+        rest = (numbers, numbers, None, None, None, 0.1, 0.0, max_sink)
         out, lse = streaming_ops.streaming_forward(q, k, v, *rest)
         streaming_ops.streaming_backward(out, lse, q, k, v, out, lse, *rest)
         seen.append([(kernel, specialised(kernel, *rest)) for kernel, *rest in launches])
     assert len(seen[0]) == 5  # fwd, delta, dq, dkdv twice
     assert seen[0] == seen[1] == seen[2]
-
-
-def test_wide_windows_take_taller_tiles(launches):
-    q, k, v, *numbers = tensors(128, 128, 1, torch.bfloat16)
-    for max_window, rows in ((streaming_tiles.WIDE - 1, 64), (streaming_tiles.WIDE, 128)):
-        launches.clear()
-        streaming_ops.streaming_forward(
-            q, k, v, *numbers, None, None, None, 0.1, 0.0, 4, max_window
-        )
-        assert [kwargs["BLOCK_Q"] for _, _, kwargs in launches] == [rows]
 
 
 @pytest.mark.parametrize("d", [128, 256])

@@ -14,17 +14,26 @@ triton = pytest.importorskip("triton", reason="the streaming kernels are written
 if RUNS_HERE:
     import triton.language as tl
 
-    from flexsparse.executors.streaming_kernels import needs_mask, schedule
+    from flexsparse.executors.streaming_kernels import halve, needs_mask, schedule
 
     @triton.jit
     def schedule_kernel(
-        out, p_lo, p_hi, sink, window, BLOCK_KV: tl.constexpr, BLOCK_SINK: tl.constexpr
+        out,
+        p_lo,
+        p_hi,
+        sink,
+        window,
+        ROWS: tl.constexpr,
+        KV: tl.constexpr,
+        BLOCK_SINK: tl.constexpr,
     ):
-        _, n_tiles, _, _, _, rest = schedule(
-            p_lo, p_hi, sink, window, p_hi + 1, BLOCK_KV, BLOCK_SINK
-        )
+        walk = schedule(p_lo, p_hi, sink, window, p_hi + 1, KV, BLOCK_SINK)
+        _, n_tiles, _, _, _, rest = walk
+        n_lower, n_seen = halve(walk, p_lo + ROWS, window, KV)
         tl.store(out, n_tiles)
         tl.store(out + 1, rest)
+        tl.store(out + 2, n_lower)
+        tl.store(out + 3, n_seen)
 
     @triton.jit
     def needs_mask_kernel(
@@ -75,12 +84,21 @@ def test_the_tile_plan_meets_its_targets():
 
 @here
 @pytest.mark.parametrize(
-    ("sink", "window"), [(4, 64), (64, 256), (100, 30), (17, 1), (0, 5), (90, 0)]
+    ("sink", "window"),
+    [(4, 64), (64, 256), (100, 30), (17, 1), (0, 5), (90, 0), (0, 130), (70, 900)],
 )
-def test_the_model_counts_the_tiles_that_the_kernels_visit(sink, window):
-    m, out = model(), numbers([0, 0])
-    for row0, rows in ((0, 64), (64, 64), (128, 40), (640, 64), (641, 32)):
-        schedule_kernel[(1,)](out, row0, row0 + rows - 1, sink, window, BLOCK_KV=64, BLOCK_SINK=16)
-        n_tiles, rest = out.tolist()
-        kernel = n_tiles * 64 + (16 if rest else 0)
-        assert m.visited_by_tiles(row0, row0 + rows - 1, sink, window, 64) == kernel
+@pytest.mark.parametrize("plan", ["ours", "ours, 4 heads packed", "64 rows"])
+def test_the_model_counts_the_tiles_that_the_kernels_visit(plan, sink, window):
+    m, out = model(), numbers([0] * 4)
+    plan = m.PLANS[plan]
+    rows = plan.rows * plan.halves
+    for row0, n in ((0, rows), (rows, rows), (2 * rows, rows - 5), (640, rows), (641, rows)):
+        last = row0 + n - 1
+        schedule_kernel[(1,)](out, row0, last, sink, window, plan.rows, plan.kv, BLOCK_SINK=16)
+        n_tiles, rest, n_lower, n_seen = out.tolist()
+        short = 16 if rest else 0
+        seen = m.visit_by_tiles(row0, last, sink, window, plan)
+        assert seen.read == n_tiles * plan.kv + short
+        if plan.halves == 2:
+            lower, upper = n_seen * plan.kv + short, (n_tiles - n_lower) * plan.kv + short
+            assert seen.visited == lower + upper

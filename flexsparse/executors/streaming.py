@@ -149,7 +149,6 @@ def streaming_attention(
     page_table: Tensor | None = None,
     kv_lens: Tensor | None = None,
     max_sink: int | None = None,
-    max_window: int | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention where head h keeps `causal & (sink(sink[h]) | window(window[h]))`.
@@ -174,7 +173,6 @@ def streaming_attention(
             page_size, head_dim]. No gradients.
         kv_lens: int32 [batch], the keys in use of each row; goes with page_table.
         max_sink: the largest sink if the host knows it; only the speed of the gradient uses it.
-        max_window: the largest window if the host knows it; wide ones are faster in taller tiles.
         return_lse: also return lse.
 
     Returns:
@@ -207,6 +205,9 @@ def streaming_attention(
         n_seqs = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.numel() - 1
         q_offset = torch.full((n_seqs,), q_offset, dtype=torch.int32, device=q.device)
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
+    if scale <= 0:
+        # the kernels scale a maximum, so the sign goes to q
+        q, scale = (-q, -scale) if scale < 0 else (q * 0, 1.0)
     cap = 0.0 if softcap is None else softcap
     few_rows = q.shape[2] * (q.shape[1] // k.shape[1]) <= streaming_decode.DECODE_ROWS
     if page_table is not None or (few_rows and not grad and cu_seqlens_q is None):
@@ -216,7 +217,7 @@ def streaming_attention(
     else:
         out, lse = streaming_ops.streaming_forward(
             q, k, v, sink, window, q_offset, cu_seqlens_q, cu_seqlens_k, scale, cap,
-            ASSUMED_SINK if max_sink is None else max_sink, max_window or 0,
+            ASSUMED_SINK if max_sink is None else max_sink,
         )  # fmt: skip
     return (out, lse) if return_lse else out
 
@@ -231,12 +232,10 @@ def run(
     scale: float | None = None,
     q_offset: int,
     max_sink: int,
-    max_window: int,
     return_lse: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """`streaming_attention` as the launches call an executor: out, and lse or None."""
     out, lse = streaming_attention(
-        q, k, v, sink, window, scale=scale, q_offset=q_offset, max_sink=max_sink,
-        max_window=max_window, return_lse=True,
+        q, k, v, sink, window, scale=scale, q_offset=q_offset, max_sink=max_sink, return_lse=True,
     )  # fmt: skip
     return out, lse if return_lse else None

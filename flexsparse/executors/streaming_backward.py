@@ -14,11 +14,12 @@ from flexsparse.executors.streaming_kernels import (
     LOG2E,
     cap_scores,
     dot,
-    keep,
+    keep_keys,
     load_rows,
     locate,
     needs_mask,
-    query_rows,
+    row_offsets,
+    rows_exist,
     store_rows,
     walk_keys,
 )
@@ -46,13 +47,10 @@ def load_lse(ptr, offset, valid):
 
 
 @triton.jit
-def weights(qk, lse, kv, p, s, w, limit, masked, qk_scale, cap, SOFTCAP: tl.constexpr):
-    """The softmax weights, from lse, and tanh of the soft-cap; arguments broadcast to qk."""
+def weights(qk, lse, qk_scale, cap, SOFTCAP: tl.constexpr):
+    """The softmax weights, from lse, and tanh of the soft-cap; lse broadcasts to qk."""
     scores, tanh = cap_scores(qk, qk_scale, cap, SOFTCAP)
-    probs = tl.exp2(scores - lse)
-    if masked:
-        probs = tl.where(keep(kv, p, s, w, limit), probs, 0.0)
-    return probs, tanh
+    return tl.exp2(scores - lse), tanh
 
 
 @triton.jit
@@ -66,82 +64,98 @@ def score_gradient(probs, tanh, dprobs, delta, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def dq_tile(
-    dq, rows, mask, k_ptr, v_ptr, k_offset, v_offset, kv, limit, masked, qk_scale, cap,
-    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    SOFTCAP: tl.constexpr,
+    dq, rows, mask, k, v, start, limit, masked, qk_scale, cap,
+    BLOCK_KV: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """The rows' dq, with the keys `kv` added (still without the softmax scale)."""
+    """The rows' dq, with the keys of a tile added (still without the softmax scale)."""
     q, dout, lse, delta = rows
-    p, s, w = mask
-    valid = kv < limit
-    k = load_rows(k_ptr, k_offset, valid, HEAD_DIM, BLOCK_D)  # [BLOCK_KV, HEAD_DIM]
-    probs, tanh = weights(
-        dot(q, tl.trans(k)),
-        lse[:, None],
-        kv[None, :],
-        p[:, None],
-        s[:, None],
-        w[:, None],
-        limit,
-        masked,
-        qk_scale,
-        cap,
-        SOFTCAP,
-    )  # fmt: skip [ROWS, BLOCK_KV]
-    v = load_rows(v_ptr, v_offset, valid, V_DIM, BLOCK_DV)  # [BLOCK_KV, V_DIM]
+    qk = dot(q, tl.trans(k))  # [ROWS, BLOCK_KV]
+    probs, tanh = weights(qk, lse[:, None], qk_scale, cap, SOFTCAP)
+    if masked:
+        probs = tl.where(keep_keys(mask, start, limit, BLOCK_KV), probs, 0.0)
     dscores = score_gradient(probs, tanh, dot(dout, tl.trans(v)), delta[:, None], SOFTCAP)
     return dot(dscores.to(k.dtype), k, dq)
+
+
+@triton.jit
+def dq_rows(
+    q_ptr, dout_ptr, lse_ptr, delta_ptr, half, n_left, stride_qh, stride_qn, n_rows,
+    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_Q: tl.constexpr, PACK: tl.constexpr,
+):  # fmt: skip
+    """What dq_tile knows of a half's rows."""
+    exist = rows_exist(half, n_left, BLOCK_Q, PACK)
+    q_at = row_offsets(half, stride_qh, stride_qn, BLOCK_Q, PACK)
+    at = row_offsets(half, n_rows, 1, BLOCK_Q, PACK)
+    q = load_rows(q_ptr, q_at, exist, HEAD_DIM, BLOCK_D)  # [ROWS, HEAD_DIM]
+    dout = load_rows(dout_ptr, at * V_DIM, exist, V_DIM, BLOCK_DV)  # [ROWS, V_DIM]
+    lse = load_lse(lse_ptr, at, exist)
+    return q, dout, lse, tl.load(delta_ptr + at, mask=exist, other=0.0)
 
 
 @triton.jit(do_not_specialize=["q_len", "kv_len"])
 def streaming_dq_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, sink, window,
     q_offset, cu_seqlens_q, cu_seqlens_k, tiles,
-    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
-    stride_vb, stride_vh, stride_vn,
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn: tl.constexpr,
+    stride_vb, stride_vh, stride_vn: tl.constexpr,
     n_heads, group_size, q_len, kv_len, qk_scale, cap, scale,
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCK_SINK: tl.constexpr,
-    PACK: tl.constexpr, SOFTCAP: tl.constexpr,
+    PACK: tl.constexpr, HALVES: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """Write dq of BLOCK_Q query rows of PACK heads, by the forward kernel's walk over the keys."""
+    """Write dq of HALVES * BLOCK_Q rows of PACK heads, by the forward kernel's walk over keys."""
     head0 = tl.program_id(1) * PACK
     batch = tl.program_id(2)
     n_rows = q_len
     _, row0, q_start, kv_start, q_len, kv_len, offset = locate(
-        tl.program_id(0), batch, q_len, kv_len, q_offset, cu_seqlens_q, cu_seqlens_k, tiles, BLOCK_Q
-    )
-    if row0 >= q_len:
-        return
-    head, row, mask, bounds, walk = query_rows(
-        row0, q_len, offset, sink, window, head0, kv_len, BLOCK_Q, BLOCK_KV, BLOCK_SINK, PACK
-    )
-    valid = row < q_len
-    at = (q_start + row).to(tl.int64)
-    kv_head = (head0 // group_size).to(tl.int64)
-    q_ptr += batch.to(tl.int64) * stride_qb
-    k_ptr += batch.to(tl.int64) * stride_kb + kv_head * stride_kh
-    v_ptr += batch.to(tl.int64) * stride_vb + kv_head * stride_vh
-    q = load_rows(
-        q_ptr, head.to(tl.int64) * stride_qh + at * stride_qn, valid, HEAD_DIM, BLOCK_D
-    )  # [ROWS, HEAD_DIM]
-    at += (batch * n_heads + head).to(tl.int64) * n_rows
-    dout = load_rows(dout_ptr, at * V_DIM, valid, V_DIM, BLOCK_DV)  # [ROWS, V_DIM]
-    delta = tl.load(delta_ptr + at, mask=valid, other=0.0)
-    lse = load_lse(lse_ptr, at, valid)
-    dq = walk_keys(
-        dq_tile, tl.zeros([PACK * BLOCK_Q, BLOCK_D], tl.float32), (q, dout, lse, delta),
-        mask, bounds, walk, k_ptr, v_ptr, kv_start, stride_kn, stride_vn, qk_scale, cap,
-        HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_KV, BLOCK_SINK, SOFTCAP,
+        tl.program_id(0), batch, q_len, kv_len, q_offset, cu_seqlens_q, cu_seqlens_k, tiles,
+        HALVES * BLOCK_Q,
     )  # fmt: skip
-    store_rows(dq_ptr, at * HEAD_DIM, valid, dq * scale, HEAD_DIM, BLOCK_D)
+    n_left = q_len - row0
+    if n_left <= 0:
+        return
+    at = (q_start + row0).to(tl.int64)
+    batch64, head64, kv_head = batch.to(tl.int64), head0.to(tl.int64), head0 // group_size
+    q_ptr += batch64 * stride_qb + head64 * stride_qh + at * stride_qn
+    k_ptr += batch64 * stride_kb + kv_head.to(tl.int64) * stride_kh
+    v_ptr += batch64 * stride_vb + kv_head.to(tl.int64) * stride_vh
+    dense = (batch64 * n_heads + head64) * n_rows + at
+    dout_ptr += dense * V_DIM
+    lse_ptr += dense
+    delta_ptr += dense
+    dq_ptr += dense * HEAD_DIM
+    rows = (
+        dq_rows(
+            q_ptr, dout_ptr, lse_ptr, delta_ptr, 0, n_left, stride_qh, stride_qn, n_rows,
+            HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_Q, PACK,
+        ),
+    )  # fmt: skip
+    states = (tl.zeros([PACK * BLOCK_Q, BLOCK_D], tl.float32),)
+    if HALVES == 2:
+        upper = dq_rows(
+            q_ptr, dout_ptr, lse_ptr, delta_ptr, 1, n_left, stride_qh, stride_qn, n_rows,
+            HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_Q, PACK,
+        )  # fmt: skip
+        rows = (rows[0], upper)
+        states = (states[0], tl.zeros([PACK * BLOCK_Q, BLOCK_D], tl.float32))
+    states = walk_keys(
+        dq_tile, states, rows, row0, q_len, offset, sink, window, head0, kv_len,
+        k_ptr, v_ptr, kv_start, stride_kn, stride_vn, qk_scale, cap,
+        HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_Q, BLOCK_KV, BLOCK_SINK, PACK, SOFTCAP,
+    )  # fmt: skip
+    for half in tl.static_range(HALVES):
+        store_rows(
+            dq_ptr, row_offsets(half, n_rows, 1, BLOCK_Q, PACK) * HEAD_DIM,
+            rows_exist(half, n_left, BLOCK_Q, PACK), states[half] * scale, HEAD_DIM, BLOCK_D,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["q_len", "kv_len", "n_chunks", "n_sink"])
 def streaming_dkdv_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, dk_part, dv_part,
     sink, window, q_offset, cu_seqlens_q, cu_seqlens_k, tiles, first_chunk,
-    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
+    stride_qb, stride_qh, stride_qn: tl.constexpr, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn,
     n_heads, n_kv_heads, group_size, q_len, kv_len, n_chunks, n_sink, chunk, qk_scale, cap, scale,
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -198,22 +212,38 @@ def streaming_dkdv_kernel(
         row_lo = tl.maximum(row_first, tl.maximum(row_hi, row_lo))
         row_hi = tl.minimum(row_first + chunk, q_len)
 
-    kv = kv0 + tl.arange(0, BLOCK_KV)  # [BLOCK_KV]
-    valid = kv < kv_len
+    # offsets from the tile's first key, so that storing needs none of the registers of loading
+    i_kv = tl.arange(0, BLOCK_KV)
+    kv = kv0 + i_kv  # [BLOCK_KV]
+    valid = i_kv < kv_len - kv0
+    i_kv = i_kv.to(tl.int64)
+    at = (kv_start + kv0).to(tl.int64)
     batch64 = batch.to(tl.int64)
+    kv_head64 = kv_head.to(tl.int64)
     q_ptr += batch64 * stride_qb
-    k_ptr += batch64 * stride_kb + kv_head.to(tl.int64) * stride_kh
-    v_ptr += batch64 * stride_vb + kv_head.to(tl.int64) * stride_vh
-    at = (kv_start + kv).to(tl.int64)
-    k = load_rows(k_ptr, at * stride_kn, valid, HEAD_DIM, BLOCK_D)  # [BLOCK_KV, HEAD_DIM]
-    v = load_rows(v_ptr, at * stride_vn, valid, V_DIM, BLOCK_DV)  # [BLOCK_KV, V_DIM]
+    k_ptr += batch64 * stride_kb + kv_head64 * stride_kh + at * stride_kn
+    v_ptr += batch64 * stride_vb + kv_head64 * stride_vh + at * stride_vn
+    k = load_rows(k_ptr, i_kv * stride_kn, valid, HEAD_DIM, BLOCK_D)  # [BLOCK_KV, HEAD_DIM]
+    v = load_rows(v_ptr, i_kv * stride_vn, valid, V_DIM, BLOCK_DV)  # [BLOCK_KV, V_DIM]
     dk = tl.zeros([BLOCK_KV, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_KV, BLOCK_DV], tl.float32)
+    part = kv_head64 * n_sink * BLOCK_KV + kv0  # a tile's place in a chunk's parts
+    part_size = n_sink.to(tl.int64) * n_kv_heads * BLOCK_KV
+    if not PARTIAL:
+        n_parts = tl.where(summed, tl.maximum((q_len + chunk - 1) // chunk - 1, 0), 0)
+        part0 = batch * n_chunks
+        if cu_seqlens_q is not None:
+            part0 = tl.load(first_chunk + seq)
+        # before the loop: behind it their registers would spill
+        for c in range(n_parts):
+            at_part = (part0 + c) * part_size + part
+            dk += load_rows(dk_part + at_part * HEAD_DIM, i_kv * HEAD_DIM, valid, HEAD_DIM, BLOCK_D)
+            dv += load_rows(dv_part + at_part * V_DIM, i_kv * V_DIM, valid, V_DIM, BLOCK_DV)
 
     # heads and row tiles are one loop, so that loads are prefetched from one head to the next
     per_head = tl.maximum(row_hi - row_lo + BLOCK_Q - 1, 0) // BLOCK_Q
     step = tl.arange(0, BLOCK_Q)  # [BLOCK_Q]
-    for i in range(per_head * group_size):
+    for i in tl.range(0, per_head * group_size, disable_licm=True):
         head = head0 + i // per_head
         row0 = row_lo + i % per_head * BLOCK_Q
         seen = step < row_hi - row0
@@ -228,39 +258,25 @@ def streaming_dkdv_kernel(
         lse = load_lse(lse_ptr, dense + at_q, seen)
         p_lo = row0 + offset
         masked = needs_mask(kv0, kv0 + BLOCK_KV, FAR, p_lo, p_lo + BLOCK_Q - 1, s, w)
-        probs, tanh = weights(
-            dot(k, tl.trans(q)),
-            lse[None, :],
-            kv[:, None],
-            p_lo + step[None, :],
-            s,
-            w,
-            kv_len,
-            masked,
-            qk_scale,
-            cap,
-            SOFTCAP,
-        )  # fmt: skip [BLOCK_KV, BLOCK_Q]
+        kq = dot(k, tl.trans(q))  # [BLOCK_KV, BLOCK_Q]
+        probs, tanh = weights(kq, lse[None, :], qk_scale, cap, SOFTCAP)
+        if masked:
+            first = kv - p_lo  # the first row that sees a key, and the last of its window, relative
+            last = tl.where(kv < s, FAR, first + tl.minimum(w, FAR) - 1)
+            kept = (step[None, :] >= first[:, None]) & (step[None, :] <= last[:, None])
+            probs = tl.where(kept, probs, 0.0)
         dout = load_rows(dout_ptr + dense * V_DIM, at_q * V_DIM, seen, V_DIM, BLOCK_DV)
         dv = dot(probs.to(dout.dtype), dout, dv)
         delta = tl.load(delta_ptr + dense + at_q, mask=seen, other=0.0)
         dscores = score_gradient(probs, tanh, dot(v, tl.trans(dout)), delta[None, :], SOFTCAP)
         dk = dot(dscores.to(q.dtype), q, dk)
-    dk *= scale
 
     if PARTIAL:
-        part = (chunk_id.to(tl.int64) * n_kv_heads + kv_head) * (n_sink * BLOCK_KV) + kv
-        store_rows(dk_part, part * HEAD_DIM, valid, dk, HEAD_DIM, BLOCK_D)
-        store_rows(dv_part, part * V_DIM, valid, dv, V_DIM, BLOCK_DV)
+        at = chunk_id * part_size + part
+        dk_ptr = dk_part
+        dv_ptr = dv_part
     else:
-        if summed:
-            first = batch * n_chunks
-            if cu_seqlens_q is not None:
-                first = tl.load(first_chunk + seq)
-            for c in range(tl.maximum((q_len + chunk - 1) // chunk - 1, 0)):
-                part = ((first + c).to(tl.int64) * n_kv_heads + kv_head) * (n_sink * BLOCK_KV) + kv
-                dk += load_rows(dk_part, part * HEAD_DIM, valid, HEAD_DIM, BLOCK_D)
-                dv += load_rows(dv_part, part * V_DIM, valid, V_DIM, BLOCK_DV)
         at += (batch64 * n_kv_heads + kv_head) * n_keys
-        store_rows(dk_ptr, at * HEAD_DIM, valid, dk, HEAD_DIM, BLOCK_D)
-        store_rows(dv_ptr, at * V_DIM, valid, dv, V_DIM, BLOCK_DV)
+        dk *= scale
+    store_rows(dk_ptr + at * HEAD_DIM, i_kv * HEAD_DIM, valid, dk, HEAD_DIM, BLOCK_D)
+    store_rows(dv_ptr + at * V_DIM, i_kv * V_DIM, valid, dv, V_DIM, BLOCK_DV)

@@ -69,9 +69,9 @@ def streaming_decode_kernel(
     valid = row < q_len
     p = row + offset
     s = tl.load(sink + head)
-    w = tl.load(window + head)
+    w = tl.minimum(tl.load(window + head), FAR)
     s_min, w_min = tl.min(s), tl.min(w)
-    s_max, w_max = tl.minimum(tl.max(s), kv_len), tl.minimum(tl.max(w), FAR)
+    s_max, w_max = tl.minimum(tl.max(s), kv_len), tl.max(w)
     p_lo = r0 // group_size + offset
     p_hi = tl.minimum((r0 + BLOCK_ROWS - 1) // group_size, q_len - 1) + offset
     n_sink, n_tiles, win_lo, sink_hi, kv_hi, _ = schedule(
@@ -85,7 +85,8 @@ def streaming_decode_kernel(
     q = load_rows(q_ptr, q_offsets, valid, HEAD_DIM, BLOCK_D)  # [BLOCK_ROWS, HEAD_DIM]
     state = no_keys_yet(BLOCK_ROWS, BLOCK_DV)
     per_split = (n_tiles + n_splits - 1) // n_splits
-    for i in range(split * per_split, tl.minimum((split + 1) * per_split, n_tiles)):
+    last = tl.minimum((split + 1) * per_split, n_tiles)
+    for i in range(split * per_split, last):
         start, limit = key_tile(i, n_sink, win_lo, sink_hi, kv_hi, BLOCK_KV)
         kv = start + tl.arange(0, BLOCK_KV)  # [BLOCK_KV]
         if PAGE_SIZE > 0:
@@ -97,11 +98,12 @@ def streaming_decode_kernel(
         else:
             k_offset = batch64 * stride_kb + kv.to(tl.int64) * stride_kn
             v_offset = batch64 * stride_vb + kv.to(tl.int64) * stride_vn
+        k = load_rows(k_ptr, k_offset, kv < limit, HEAD_DIM, BLOCK_D)  # [BLOCK_KV, HEAD_DIM]
+        v = load_rows(v_ptr, v_offset, kv < limit, V_DIM, BLOCK_DV)  # [BLOCK_KV, V_DIM]
         masked = needs_mask(start, start + BLOCK_KV, limit, p_lo, p_hi, s_min, w_min)
         state = forward_tile(
-            state, q, (p, s, w), k_ptr, v_ptr, k_offset, v_offset, kv, limit, masked,
-            qk_scale, cap, HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, SOFTCAP,
-        )  # fmt: skip
+            state, q, (p, s, w), k, v, start, limit, masked, qk_scale, cap, BLOCK_KV, SOFTCAP
+        )
 
     out, lse = out_and_lse(state)
     n_batch = tl.num_programs(0) // n_row_tiles // n_kv_heads
@@ -142,7 +144,7 @@ def tile_for(rows: int, widest: int, dtype: torch.dtype) -> tuple[int, int]:
     if dtype == torch.float32:
         return 32, 4
     if widest <= 128:
-        return 64, 4
+        return (64, 8) if rows == 64 else (64, 4)
     return (32, 8) if rows == 64 else (32, 4)
 
 

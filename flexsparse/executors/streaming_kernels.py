@@ -13,9 +13,17 @@ The runs are walked as one list of tiles of BLOCK_KV keys, so that loads are pre
 seam. A short rest of the sink (4 sinks are common) gets a tile of BLOCK_SINK keys of its own. Where
 the runs would meet they are merged into one run from key 0, so no key can be counted twice.
 
+A program may take two such tiles of rows, HALVES that follow each other. Most of their keys are the
+same, are read once, and stay in shared memory for both; the others are seen by one half alone:
+
+    lower half  ####    ################
+    upper half  ####        ################
+                sink    |1 |   both     | 1|
+
 Numbers of the mask are read from tensors, one per query head: a new size compiles nothing. Heads
 that share a kv head are packed into one program (PACK of them), which reads each key once for all.
-Addresses are int64: 1M tokens x 32 heads x 128 does not fit int32.
+Addresses are int64: 1M tokens x 32 heads x 128 does not fit int32. The strides of keys and values
+are constants, or computing addresses would take an eighth of the instructions.
 """
 
 # mypy: ignore-errors
@@ -92,9 +100,14 @@ def cap_scores(qk, qk_scale, cap, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def keep(kv, p, s, w, limit):
-    """The mask. `limit` ends the run of keys that the tile belongs to."""
-    return (kv <= p) & ((kv < s) | (p - kv < w)) & (kv < limit)
+def keep_keys(mask, start, limit, BLOCK_KV: tl.constexpr):
+    """The mask of a tile of keys [ROWS, BLOCK_KV]; `limit` ends the run that it belongs to."""
+    p, s, w = mask
+    # all relative to the tile: columns are constants then, not positions with a register each
+    column = tl.arange(0, BLOCK_KV)[None, :]
+    last = (tl.minimum(p, limit - 1) - start)[:, None]
+    before_window = (p - w - start)[:, None]
+    return (column <= last) & ((column < (s - start)[:, None]) | (column > before_window))
 
 
 @triton.jit
@@ -159,71 +172,168 @@ def needs_mask(start, end, limit, p_lo, p_hi, s_min, w_min):
 
 
 @triton.jit
-def query_rows(
-    row0, q_len, offset, sink, window, head0, kv_len,
-    BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCK_SINK: tl.constexpr, PACK: tl.constexpr,
-):  # fmt: skip
-    """BLOCK_Q rows of PACK heads: head and row of each [ROWS], `mask` and `walk` of walk_keys."""
+def halve(walk, p_mid, w_max, BLOCK_KV: tl.constexpr):
+    """Cut a schedule for rows before p_mid, the lower half, and rows from p_mid on, the upper.
+
+    Returns (n_lower, n_seen): the first n_lower window tiles are the lower half's alone, and tiles
+    n_seen and later the upper half's.
+    """
+    n_sink, n_tiles, win_lo, _, kv_hi, _ = walk
+    seen = tl.maximum(tl.minimum(p_mid, kv_hi) - win_lo, 0)
+    n_seen = tl.minimum(n_sink + (seen + BLOCK_KV - 1) // BLOCK_KV, n_tiles)
+    n_lower = tl.maximum(p_mid - w_max + 1 - win_lo, 0) // BLOCK_KV
+    # a run from key 0 holds the sink
+    n_lower = tl.where(win_lo > 0, tl.minimum(n_lower, n_seen - n_sink), 0)
+    return n_lower, n_seen
+
+
+@triton.jit
+def row_offsets(half, stride_h, stride_n, BLOCK_Q: tl.constexpr, PACK: tl.constexpr):
+    """Where the rows of a half lie [ROWS], from the program's first row of its first head."""
     r = tl.arange(0, PACK * BLOCK_Q)
-    head = head0 + r // BLOCK_Q  # [ROWS]
-    row = row0 + r % BLOCK_Q
-    s_min, s_max, w_min, w_max = head_range(sink, window, head0, kv_len, PACK)
-    p_lo = row0 + offset
-    p_hi = tl.minimum(row0 + BLOCK_Q, q_len) - 1 + offset
-    mask = (row + offset, tl.load(sink + head), tl.load(window + head))
-    walk = schedule(p_lo, p_hi, s_max, w_max, kv_len, BLOCK_KV, BLOCK_SINK)
-    return head, row, mask, (p_lo, p_hi, s_min, w_min), walk
+    row = half * BLOCK_Q + r % BLOCK_Q
+    return (r // BLOCK_Q).to(tl.int64) * stride_h + row.to(tl.int64) * stride_n
+
+
+@triton.jit
+def rows_exist(half, n_left, BLOCK_Q: tl.constexpr, PACK: tl.constexpr):
+    """Which rows of a half come before the end of the sequence [ROWS]."""
+    return half * BLOCK_Q + tl.arange(0, PACK * BLOCK_Q) % BLOCK_Q < n_left
+
+
+@triton.jit
+def row_mask(p_lo, sink, window, head0, s_min, w_min, BLOCK_Q: tl.constexpr, PACK: tl.constexpr):
+    """Position, sink and window of each row of the first half [ROWS]."""
+    r = tl.arange(0, PACK * BLOCK_Q)
+    if PACK == 1:
+        s = tl.zeros_like(r) + s_min
+        w = tl.zeros_like(r) + w_min
+    else:
+        s = tl.load(sink + head0 + r // BLOCK_Q)
+        w = tl.minimum(tl.load(window + head0 + r // BLOCK_Q), FAR)
+    return p_lo + r % BLOCK_Q, s, w
+
+
+@triton.jit
+def step_each(
+    step: tl.constexpr, states, rows, mask, bounds, k, v, start, limit, qk_scale, cap,
+    BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """A step of each half over the same keys; `mask` and `bounds` are the first one's."""
+    p, s, w = mask
+    p_lo, s_min, w_min = bounds
+    end = start + BLOCK_KV
+    masked = needs_mask(start, end, limit, p_lo, p_lo + BLOCK_Q - 1, s_min, w_min)
+    first = step(
+        states[0], rows[0], mask, k, v, start, limit, masked, qk_scale, cap, BLOCK_KV, SOFTCAP
+    )
+    if len(states) == 1:
+        return (first,)
+    else:
+        p_lo += BLOCK_Q
+        mask = (p + BLOCK_Q, s, w)
+        masked = needs_mask(start, end, limit, p_lo, p_lo + BLOCK_Q - 1, s_min, w_min)
+        second = step(
+            states[1], rows[1], mask, k, v, start, limit, masked, qk_scale, cap, BLOCK_KV, SOFTCAP
+        )
+        return first, second
+
+
+@triton.jit
+def walk_run(
+    step: tl.constexpr, states, rows, mask, bounds, run, k_ptr, v_ptr, kv_start,
+    stride_kn: tl.constexpr, stride_vn: tl.constexpr, qk_scale, cap,
+    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """`states` after a step over each tile of a run; `rows` is what the step knows of rows."""
+    n_sink, n_tiles, win_lo, sink_hi, kv_hi = run
+    # with invariants in registers the two halves would not fit
+    for i in tl.range(0, n_tiles, disable_licm=True):
+        start, limit = key_tile(i, n_sink, win_lo, sink_hi, kv_hi, BLOCK_KV)
+        kv = start + tl.arange(0, BLOCK_KV)  # [BLOCK_KV]
+        at = (kv_start + kv).to(tl.int64)
+        k = load_rows(k_ptr, at * stride_kn, kv < limit, HEAD_DIM, BLOCK_D)  # [BLOCK_KV, HEAD_DIM]
+        v = load_rows(v_ptr, at * stride_vn, kv < limit, V_DIM, BLOCK_DV)  # [BLOCK_KV, V_DIM]
+        states = step_each(
+            step, states, rows, mask, bounds, k, v, start, limit, qk_scale, cap,
+            BLOCK_Q, BLOCK_KV, SOFTCAP,
+        )  # fmt: skip
+    return states
 
 
 @triton.jit
 def walk_keys(
-    step: tl.constexpr, state, rows, mask, bounds, walk, k_ptr, v_ptr, kv_start,
-    stride_kn, stride_vn, qk_scale, cap,
+    step: tl.constexpr, states, rows, row0, q_len, offset, sink, window, head0, kv_len,
+    k_ptr, v_ptr, kv_start, stride_kn: tl.constexpr, stride_vn: tl.constexpr, qk_scale, cap,
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_KV: tl.constexpr, BLOCK_SINK: tl.constexpr, SOFTCAP: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCK_SINK: tl.constexpr,
+    PACK: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """`state` after a step over each tile of a schedule; `rows` is what the step knows of rows."""
+    """`states`, one for each half of the rows, after a step over every key tile they need."""
+    s_min, s_max, w_min, w_max = head_range(sink, window, head0, kv_len, PACK)
+    p_lo = row0 + offset
+    p_hi = tl.minimum(row0 + BLOCK_Q * len(states), q_len) - 1 + offset
+    walk = schedule(p_lo, p_hi, s_max, w_max, kv_len, BLOCK_KV, BLOCK_SINK)
     n_sink, n_tiles, win_lo, sink_hi, kv_hi, rest = walk
-    p_lo, p_hi, s_min, w_min = bounds
-    if rest > 0:
-        kv = sink_hi - rest + tl.arange(0, BLOCK_SINK)
-        at = (kv_start + kv).to(tl.int64)
-        state = step(
-            state, rows, mask, k_ptr, v_ptr, at * stride_kn, at * stride_vn, kv, sink_hi, True,
-            qk_scale, cap, HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, SOFTCAP,
+    p, s, w = row_mask(p_lo, sink, window, head0, s_min, w_min, BLOCK_Q, PACK)
+    mask = (p, s, w)
+    bounds = (p_lo, s_min, w_min)
+    # a loop even if it has one tile: behind an `if`, ptxas serialises the wgmma of the others
+    run = (0, (rest + BLOCK_SINK - 1) // BLOCK_SINK, sink_hi - rest, 0, sink_hi)
+    states = walk_run(
+        step, states, rows, mask, bounds, run, k_ptr, v_ptr, kv_start, stride_kn, stride_vn,
+        qk_scale, cap, HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_Q, BLOCK_SINK, SOFTCAP,
+    )  # fmt: skip
+    if len(states) == 1:
+        run = (n_sink, n_tiles, win_lo, sink_hi, kv_hi)
+        return walk_run(
+            step, states, rows, mask, bounds, run, k_ptr, v_ptr, kv_start, stride_kn, stride_vn,
+            qk_scale, cap, HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_Q, BLOCK_KV, SOFTCAP,
         )  # fmt: skip
-    for i in range(n_tiles):
-        start, limit = key_tile(i, n_sink, win_lo, sink_hi, kv_hi, BLOCK_KV)
-        kv = start + tl.arange(0, BLOCK_KV)  # [BLOCK_KV]
-        at = (kv_start + kv).to(tl.int64)
-        masked = needs_mask(start, start + BLOCK_KV, limit, p_lo, p_hi, s_min, w_min)
-        state = step(
-            state, rows, mask, k_ptr, v_ptr, at * stride_kn, at * stride_vn, kv, limit, masked,
-            qk_scale, cap, HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, SOFTCAP,
+    else:
+        n_lower, n_seen = halve(walk, p_lo + BLOCK_Q, w_max, BLOCK_KV)
+        lower, upper = states
+        run = (0, n_lower, win_lo, 0, kv_hi)
+        lower = walk_run(
+            step, (lower,), rows, mask, bounds, run, k_ptr, v_ptr, kv_start, stride_kn, stride_vn,
+            qk_scale, cap, HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_Q, BLOCK_KV, SOFTCAP,
+        )[0]  # fmt: skip
+        run = (n_sink, n_seen - n_lower, win_lo + n_lower * BLOCK_KV, sink_hi, kv_hi)
+        lower, upper = walk_run(
+            step, (lower, upper), rows, mask, bounds, run, k_ptr, v_ptr, kv_start,
+            stride_kn, stride_vn, qk_scale, cap,
+            HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_Q, BLOCK_KV, SOFTCAP,
         )  # fmt: skip
-    return state
+        run = (0, n_tiles - n_seen, win_lo + (n_seen - n_sink) * BLOCK_KV, 0, kv_hi)
+        mask = (p + BLOCK_Q, s, w)
+        bounds = (p_lo + BLOCK_Q, s_min, w_min)
+        upper = walk_run(
+            step, (upper,), (rows[1],), mask, bounds, run, k_ptr, v_ptr, kv_start,
+            stride_kn, stride_vn, qk_scale, cap,
+            HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_Q, BLOCK_KV, SOFTCAP,
+        )[0]  # fmt: skip
+        return lower, upper
 
 
 @triton.jit
 def forward_tile(
-    state, q, mask, k_ptr, v_ptr, k_offset, v_offset, kv, limit, masked, qk_scale, cap,
-    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    SOFTCAP: tl.constexpr,
+    state, q, mask, k, v, start, limit, masked, qk_scale, cap,
+    BLOCK_KV: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """One step of the online softmax over the keys `kv`."""
+    """One step of the online softmax over the keys of a tile; qk_scale is positive."""
     m, norm, acc = state
-    p, s, w = mask
-    valid = kv < limit
-    k = load_rows(k_ptr, k_offset, valid, HEAD_DIM, BLOCK_D)  # [BLOCK_KV, HEAD_DIM]
-    scores, _ = cap_scores(dot(q, tl.trans(k)), qk_scale, cap, SOFTCAP)  # [ROWS, BLOCK_KV]
+    scores = dot(q, tl.trans(k))  # [ROWS, BLOCK_KV]
+    if SOFTCAP:
+        scores, _ = cap_scores(scores, qk_scale, cap, SOFTCAP)
+        qk_scale = 1.0
     if masked:
-        seen = keep(kv[None, :], p[:, None], s[:, None], w[:, None], limit)
-        scores = tl.where(seen, scores, float("-inf"))
-    m_new = tl.maximum(m, tl.max(scores, 1))
-    probs = tl.exp2(scores - m_new[:, None])
+        scores = tl.where(keep_keys(mask, start, limit, BLOCK_KV), scores, float("-inf"))
+    m_new = tl.maximum(m, tl.max(scores, 1) * qk_scale)
+    # scaled only here, where it is a part of the subtraction
+    probs = tl.exp2(scores * qk_scale - m_new[:, None])
     alpha = tl.exp2(m - m_new)
     norm = norm * alpha + tl.sum(probs, 1)
-    v = load_rows(v_ptr, v_offset, valid, V_DIM, BLOCK_DV)  # [BLOCK_KV, V_DIM]
     acc = dot(probs.to(v.dtype), v, acc * alpha[:, None])
     return m_new, norm, acc
 
@@ -240,48 +350,74 @@ def out_and_lse(state):
     """Finish the online softmax: out and the natural-log lse, 0 and -inf where no key was."""
     m, norm, acc = state
     empty = norm == 0.0
-    out = acc / tl.where(empty, 1.0, norm)[:, None]
+    out = acc * (1.0 / tl.where(empty, 1.0, norm))[:, None]
     return out, tl.where(empty, float("-inf"), (m + tl.log2(norm)) * LN2)
+
+
+@triton.jit
+def store_out(
+    state, out_ptr, lse_ptr, half, n_left, n_rows,
+    V_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_Q: tl.constexpr, PACK: tl.constexpr,
+):  # fmt: skip
+    """Write out and lse of a half's rows; both are contiguous."""
+    out, lse = out_and_lse(state)
+    exist = rows_exist(half, n_left, BLOCK_Q, PACK)
+    at = row_offsets(half, n_rows, 1, BLOCK_Q, PACK)
+    store_rows(out_ptr, at * V_DIM, exist, out, V_DIM, BLOCK_DV)
+    tl.store(lse_ptr + at, lse, mask=exist)
 
 
 @triton.jit(do_not_specialize=["q_len", "kv_len"])
 def streaming_fwd_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, sink, window,
     q_offset, cu_seqlens_q, cu_seqlens_k, tiles,
-    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
-    stride_vb, stride_vh, stride_vn,
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn: tl.constexpr,
+    stride_vb, stride_vh, stride_vn: tl.constexpr,
     n_heads, group_size, q_len, kv_len, qk_scale, cap,
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCK_SINK: tl.constexpr,
-    PACK: tl.constexpr, SOFTCAP: tl.constexpr,
+    PACK: tl.constexpr, HALVES: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """Write out and lse of BLOCK_Q query rows of PACK heads that share a kv head."""
+    """Write out and lse of HALVES * BLOCK_Q query rows of PACK heads that share a kv head."""
     head0 = tl.program_id(1) * PACK
     batch = tl.program_id(2)
     n_rows = q_len
     _, row0, q_start, kv_start, q_len, kv_len, offset = locate(
-        tl.program_id(0), batch, q_len, kv_len, q_offset, cu_seqlens_q, cu_seqlens_k, tiles, BLOCK_Q
-    )
-    if row0 >= q_len:
-        return
-    head, row, mask, bounds, walk = query_rows(
-        row0, q_len, offset, sink, window, head0, kv_len, BLOCK_Q, BLOCK_KV, BLOCK_SINK, PACK
-    )
-    valid = row < q_len
-    at = (q_start + row).to(tl.int64)
-    kv_head = (head0 // group_size).to(tl.int64)
-    q_ptr += batch.to(tl.int64) * stride_qb
-    k_ptr += batch.to(tl.int64) * stride_kb + kv_head * stride_kh
-    v_ptr += batch.to(tl.int64) * stride_vb + kv_head * stride_vh
-    q = load_rows(
-        q_ptr, head.to(tl.int64) * stride_qh + at * stride_qn, valid, HEAD_DIM, BLOCK_D
-    )  # [ROWS, HEAD_DIM]
-    state = walk_keys(
-        forward_tile, no_keys_yet(PACK * BLOCK_Q, BLOCK_DV), q, mask, bounds, walk,
-        k_ptr, v_ptr, kv_start, stride_kn, stride_vn, qk_scale, cap,
-        HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_KV, BLOCK_SINK, SOFTCAP,
+        tl.program_id(0), batch, q_len, kv_len, q_offset, cu_seqlens_q, cu_seqlens_k, tiles,
+        HALVES * BLOCK_Q,
     )  # fmt: skip
-    out, lse = out_and_lse(state)
-    at += (batch * n_heads + head).to(tl.int64) * n_rows  # out and lse are contiguous
-    store_rows(out_ptr, at * V_DIM, valid, out, V_DIM, BLOCK_DV)
-    tl.store(lse_ptr + at, lse, mask=valid)
+    n_left = q_len - row0
+    if n_left <= 0:
+        return
+    at = (q_start + row0).to(tl.int64)
+    batch64, head64, kv_head = batch.to(tl.int64), head0.to(tl.int64), head0 // group_size
+    q_ptr += batch64 * stride_qb + head64 * stride_qh + at * stride_qn
+    k_ptr += batch64 * stride_kb + kv_head.to(tl.int64) * stride_kh
+    v_ptr += batch64 * stride_vb + kv_head.to(tl.int64) * stride_vh
+    dense = (batch64 * n_heads + head64) * n_rows + at
+    out_ptr += dense * V_DIM
+    lse_ptr += dense
+    q = load_rows(
+        q_ptr,
+        row_offsets(0, stride_qh, stride_qn, BLOCK_Q, PACK),
+        rows_exist(0, n_left, BLOCK_Q, PACK),
+        HEAD_DIM,
+        BLOCK_D,
+    )  # fmt: skip [ROWS, HEAD_DIM]
+    rows = (q,)
+    states = (no_keys_yet(PACK * BLOCK_Q, BLOCK_DV),)
+    if HALVES == 2:
+        q = load_rows(
+            q_ptr, row_offsets(1, stride_qh, stride_qn, BLOCK_Q, PACK),
+            rows_exist(1, n_left, BLOCK_Q, PACK), HEAD_DIM, BLOCK_D,
+        )  # fmt: skip
+        rows = (rows[0], q)
+        states = (states[0], no_keys_yet(PACK * BLOCK_Q, BLOCK_DV))
+    states = walk_keys(
+        forward_tile, states, rows, row0, q_len, offset, sink, window, head0, kv_len,
+        k_ptr, v_ptr, kv_start, stride_kn, stride_vn, qk_scale, cap,
+        HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_Q, BLOCK_KV, BLOCK_SINK, PACK, SOFTCAP,
+    )  # fmt: skip
+    store_out(states[0], out_ptr, lse_ptr, 0, n_left, n_rows, V_DIM, BLOCK_DV, BLOCK_Q, PACK)
+    if HALVES == 2:
+        store_out(states[1], out_ptr, lse_ptr, 1, n_left, n_rows, V_DIM, BLOCK_DV, BLOCK_Q, PACK)

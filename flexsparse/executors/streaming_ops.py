@@ -18,7 +18,6 @@ from flexsparse.executors.streaming_tiles import (
     SINK_TILE,
     cdiv,
     dims,
-    is_tall,
     pack_of,
     row_grid,
     score_factors,
@@ -42,7 +41,6 @@ def streaming_forward(
     scale: float,
     softcap: float,
     max_sink: int,
-    max_window: int,
 ) -> tuple[Tensor, Tensor]:
     """Launch the forward kernel: out, lse."""
     # rows outside every packed sequence are nobody's to write
@@ -55,15 +53,15 @@ def streaming_forward(
         return out, lse
     group_size = q.shape[1] // k.shape[1]
     pack = pack_of(group_size)
-    tile = tiles_for(q, v).fwd_tall if is_tall(pack, max_window) else tiles_for(q, v).fwd
-    grid, tiles = row_grid(q, tile.rows // pack, pack, cu_seqlens_q)
+    tile = tiles_for(q, v, softcap).fwd
+    grid, tiles = row_grid(q, tile, pack, cu_seqlens_q)
     with torch.cuda.device_of(q):
         forward.streaming_fwd_kernel[grid](
             q, k, v, out, lse, sink, window, q_offset, cu_seqlens_q, cu_seqlens_k, tiles,
             *strides(q, k, v), q.shape[1], group_size, q.shape[2], k.shape[2],
             *score_factors(scale, softcap), **dims(q, v), BLOCK_Q=tile.rows // pack,
-            BLOCK_KV=tile.kv, BLOCK_SINK=SINK_TILE, PACK=pack, SOFTCAP=softcap > 0,
-            num_warps=tile.warps, num_stages=tile.stages,
+            BLOCK_KV=tile.kv, BLOCK_SINK=SINK_TILE, PACK=pack, HALVES=tile.halves,
+            SOFTCAP=softcap > 0, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return out, lse
 
@@ -91,7 +89,6 @@ def streaming_backward(
     scale: float,
     softcap: float,
     max_sink: int,
-    max_window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the backward kernels: dq, dk, dv. No atomics: the same bits on every run."""
     new = torch.empty if cu_seqlens_q is None else torch.zeros
@@ -101,7 +98,7 @@ def streaming_backward(
         return dq.zero_(), dk.zero_(), dv.zero_()
     group_size = n_heads // n_kv_heads
     pack = pack_of(group_size)
-    tiles = tiles_for(q, v)
+    tiles = tiles_for(q, v, softcap)
     shape = dims(q, v)
     factors = (*score_factors(scale, softcap), scale)
     dout, dlse = dout.contiguous(), dlse.contiguous()
@@ -113,13 +110,13 @@ def streaming_backward(
             BLOCK=DELTA_TILE,
         )  # fmt: skip
 
-        tile = tiles.dq_tall if is_tall(pack, max_window) else tiles.dq
-        grid, table = row_grid(q, tile.rows // pack, pack, cu_seqlens_q)
+        tile = tiles.dq
+        grid, table = row_grid(q, tile, pack, cu_seqlens_q)
         backward.streaming_dq_kernel[grid](
             q, k, v, dout, lse, delta, dq, sink, window, *lengths, table, *strides(q, k, v),
             n_heads, group_size, q_len, kv_len, *factors, **shape, BLOCK_Q=tile.rows // pack,
-            BLOCK_KV=tile.kv, BLOCK_SINK=SINK_TILE, PACK=pack, SOFTCAP=softcap > 0,
-            num_warps=tile.warps, num_stages=tile.stages,
+            BLOCK_KV=tile.kv, BLOCK_SINK=SINK_TILE, PACK=pack, HALVES=tile.halves,
+            SOFTCAP=softcap > 0, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
 
         tile = tiles.dkdv
@@ -168,7 +165,7 @@ def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[
     dout = torch.zeros_like(out) if dout is None else dout
     dlse = torch.zeros_like(lse) if dlse is None else dlse
     grads = streaming_backward(dout, dlse, q, k, v, out, lse, *data, *ctx.numbers)
-    return (*grads, *[None] * 9)
+    return (*grads, *[None] * 8)
 
 
 streaming_forward.register_autograd(_differentiate, setup_context=_save)

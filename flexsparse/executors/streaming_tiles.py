@@ -15,66 +15,50 @@ DELTA_TILE = 64
 SINK_PROGRAMS = 1024
 MIN_CHUNK = 2048
 MAX_SINK = 4096
-WIDE = 512  # tokens; 128 rows visit at most 1.25 x the keys of such a window
+CAPPED_STEP = 32  # rows or keys that a kernel walks at a time with a soft-cap, at most
 PADDING_ROW = 1 << 30  # the row of an unused entry of a tile table: past every sequence
 
 
 class Tile(NamedTuple):
-    """One kernel's tile: `rows` is of all packed heads in fwd and dq, of one head in dkdv."""
+    """One kernel's tile; in fwd and dq a program takes `halves` of them, which share their keys.
+
+    `rows` is of all packed heads in fwd and dq, of one head in dkdv.
+    """
 
     rows: int
     kv: int
     warps: int
     stages: int
+    halves: int = 1
 
 
 class Tiles(NamedTuple):
-    """The tiles of the three kernels; `is_tall` says when the tall ones are taken."""
+    """The tiles of the three kernels."""
 
     fwd: Tile
-    fwd_tall: Tile
     dq: Tile
-    dq_tall: Tile
     dkdv: Tile
 
 
-def _tiles(*numbers: tuple[int, int, int, int]) -> Tiles:
+def _tiles(*numbers: tuple[int, ...]) -> Tiles:
     return Tiles(*(Tile(*x) for x in numbers))
 
 
 # (architecture, head_dim up to) -> tiles
 TILES: dict[tuple[int, int], Tiles] = {
-    # fwd, fwd_tall, dq, dq_tall, dkdv, each (rows, kv, warps, stages)
-    (80, 64): _tiles(
-        (64, 64, 4, 3), (128, 64, 8, 3), (64, 32, 4, 2), (128, 32, 8, 2), (32, 32, 4, 2)
-    ),
-    (80, 128): _tiles(
-        (64, 32, 4, 3), (128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2), (32, 64, 8, 3)
-    ),
-    (80, 256): _tiles(
-        (64, 32, 8, 2), (64, 32, 8, 2), (32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 8, 2)
-    ),
-    (90, 64): _tiles(
-        (64, 64, 4, 3), (128, 64, 8, 3), (64, 64, 4, 2), (128, 64, 8, 2), (32, 64, 4, 3)
-    ),
-    (90, 128): _tiles(
-        (64, 64, 4, 3), (128, 64, 8, 3), (64, 32, 4, 2), (128, 32, 8, 3), (32, 64, 8, 3)
-    ),
-    (90, 256): _tiles(
-        (64, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2)
-    ),
-    (100, 64): _tiles(
-        (64, 64, 4, 3), (128, 64, 8, 3), (64, 64, 4, 2), (128, 32, 8, 2), (32, 64, 4, 3)
-    ),
-    (100, 128): _tiles(
-        (64, 64, 4, 3), (128, 64, 8, 2), (64, 64, 4, 2), (128, 64, 8, 2), (64, 64, 8, 3)
-    ),
-    (100, 256): _tiles(
-        (64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2), (32, 32, 8, 2)
-    ),
+    # fwd, dq, each (rows, kv, warps, stages, halves), and dkdv, (rows, kv, warps, stages)
+    (80, 64): _tiles((64, 64, 4, 3, 1), (32, 64, 4, 2, 2), (64, 64, 4, 2)),
+    (80, 128): _tiles((64, 32, 8, 3, 2), (32, 32, 4, 2, 2), (32, 64, 4, 2)),
+    (80, 256): _tiles((64, 32, 4, 2, 1), (32, 32, 4, 2, 1), (32, 32, 4, 2)),
+    (90, 64): _tiles((64, 64, 4, 3, 2), (64, 64, 4, 2, 2), (64, 64, 4, 3)),
+    (90, 128): _tiles((64, 64, 4, 2, 2), (64, 32, 4, 2, 2), (64, 64, 4, 2)),
+    (90, 256): _tiles((64, 32, 4, 2, 1), (128, 32, 8, 2, 1), (64, 32, 8, 2)),
+    (100, 64): _tiles((64, 64, 4, 3, 2), (64, 64, 4, 2, 2), (32, 64, 4, 3)),
+    (100, 128): _tiles((64, 64, 4, 2, 2), (64, 64, 4, 2, 1), (64, 64, 8, 3)),
+    (100, 256): _tiles((64, 32, 8, 2, 1), (64, 32, 8, 2, 1), (32, 32, 8, 2)),
 }  # fmt: skip
 # float32 is for tests: no tensor cores, twice the memory
-FLOAT32_TILES = Tiles(*[Tile(32, 32, 4, 1)] * 5)
+FLOAT32_TILES = Tiles(Tile(32, 32, 4, 1, 2), Tile(32, 32, 4, 1, 2), Tile(32, 32, 4, 1))
 
 
 def architecture(device: torch.device) -> int:
@@ -89,12 +73,20 @@ def architecture(device: torch.device) -> int:
     return {9: 90, 10: 100, 11: 100}.get(major, 80)
 
 
-def tiles_for(q: Tensor, v: Tensor) -> Tiles:
+def tiles_for(q: Tensor, v: Tensor, softcap: float) -> Tiles:
     """The tile sizes for these dtypes, head dims and device."""
     if q.dtype == torch.float32:
         return FLOAT32_TILES
     widest = max(q.shape[-1], v.shape[-1])
-    return TILES[architecture(q.device), next(dim for dim in (64, 128, 256) if widest <= dim)]
+    tiles = TILES[architecture(q.device), next(dim for dim in (64, 128, 256) if widest <= dim)]
+    if softcap > 0:  # its tanh takes registers
+        fwd, dq, dkdv = tiles
+        return Tiles(
+            fwd._replace(kv=min(fwd.kv, CAPPED_STEP)),
+            dq._replace(kv=min(dq.kv, CAPPED_STEP), halves=1),
+            dkdv._replace(rows=min(dkdv.rows, CAPPED_STEP)),
+        )
+    return tiles
 
 
 def cdiv(a: int, b: int) -> int:
@@ -116,15 +108,6 @@ def dims(q: Tensor, v: Tensor) -> dict[str, int]:
 def pack_of(group_size: int) -> int:
     """How many heads of a group one program takes."""
     return next(n for n in (4, 2, 1) if group_size % n == 0)
-
-
-def is_tall(pack: int, max_window: int) -> bool:
-    """Whether a tile has more rows, so that keys and values are read fewer times.
-
-    Its rows are those of packed heads, or of one head where the window is wide: with a window of 64
-    or 256 they would visit too many keys that not all of them need (benchmarks/model_streaming.py).
-    """
-    return pack > 1 or max_window >= WIDE
 
 
 def score_factors(scale: float, softcap: float) -> tuple[float, float]:
@@ -157,9 +140,10 @@ def tile_table(cu_seqlens: Tensor, total: int, block: int, skip: int = 0) -> tup
 
 
 def row_grid(
-    q: Tensor, block: int, pack: int, cu_seqlens_q: Tensor | None
+    q: Tensor, tile: Tile, pack: int, cu_seqlens_q: Tensor | None
 ) -> tuple[tuple[int, int, int], Tensor | None]:
     """The grid of the fwd and dq kernels, and its tile table where sequences are packed."""
+    block = tile.rows // pack * tile.halves
     tiles, n_tiles = None, cdiv(q.shape[2], block)
     if cu_seqlens_q is not None:
         tiles, _ = tile_table(cu_seqlens_q, q.shape[2], block)
