@@ -4,7 +4,7 @@ No atomics: every sum has one order, so gradients have the same bits on every ru
 """
 
 # mypy: ignore-errors
-# ruff: noqa: N803 - capitals are the habit for compile-time constants of a kernel
+# ruff: noqa: N803, N806 - capitals are the habit for compile-time constants of a kernel
 
 import triton
 import triton.language as tl
@@ -15,6 +15,7 @@ from flexsparse.executors.streaming_kernels import (
     cap_scores,
     dot,
     keep_keys,
+    load_half,
     load_rows,
     locate,
     needs_mask,
@@ -84,11 +85,10 @@ def dq_rows(
     BLOCK_Q: tl.constexpr, PACK: tl.constexpr,
 ):  # fmt: skip
     """What dq_tile knows of a half's rows."""
+    q = load_half(q_ptr, half, n_left, stride_qh, stride_qn, HEAD_DIM, BLOCK_D, BLOCK_Q, PACK)
+    dout = load_half(dout_ptr, half, n_left, n_rows * V_DIM, V_DIM, V_DIM, BLOCK_DV, BLOCK_Q, PACK)
     exist = rows_exist(half, n_left, BLOCK_Q, PACK)
-    q_at = row_offsets(half, stride_qh, stride_qn, BLOCK_Q, PACK)
     at = row_offsets(half, n_rows, 1, BLOCK_Q, PACK)
-    q = load_rows(q_ptr, q_at, exist, HEAD_DIM, BLOCK_D)  # [ROWS, HEAD_DIM]
-    dout = load_rows(dout_ptr, at * V_DIM, exist, V_DIM, BLOCK_DV)  # [ROWS, V_DIM]
     lse = load_lse(lse_ptr, at, exist)
     return q, dout, lse, tl.load(delta_ptr + at, mask=exist, other=0.0)
 
@@ -107,7 +107,7 @@ def streaming_dq_kernel(
     """Write dq of HALVES * BLOCK_Q rows of PACK heads, by the forward kernel's walk over keys."""
     head0 = tl.program_id(1) * PACK
     batch = tl.program_id(2)
-    n_rows = q_len
+    n_rows = q_len.to(tl.int64)
     _, row0, q_start, kv_start, q_len, kv_len, offset = locate(
         tl.program_id(0), batch, q_len, kv_len, q_offset, cu_seqlens_q, cu_seqlens_k, tiles,
         HALVES * BLOCK_Q,
@@ -125,24 +125,20 @@ def streaming_dq_kernel(
     lse_ptr += dense
     delta_ptr += dense
     dq_ptr += dense * HEAD_DIM
-    rows = (
-        dq_rows(
-            q_ptr, dout_ptr, lse_ptr, delta_ptr, 0, n_left, stride_qh, stride_qn, n_rows,
-            HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_Q, PACK,
-        ),
-    )  # fmt: skip
-    states = (tl.zeros([PACK * BLOCK_Q, BLOCK_D], tl.float32),)
-    if HALVES == 2:
-        upper = dq_rows(
-            q_ptr, dout_ptr, lse_ptr, delta_ptr, 1, n_left, stride_qh, stride_qn, n_rows,
+    rows = ()
+    states = ()
+    for half in tl.static_range(HALVES):
+        half_rows = dq_rows(
+            q_ptr, dout_ptr, lse_ptr, delta_ptr, half, n_left, stride_qh, stride_qn, n_rows,
             HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_Q, PACK,
         )  # fmt: skip
-        rows = (rows[0], upper)
-        states = (states[0], tl.zeros([PACK * BLOCK_Q, BLOCK_D], tl.float32))
+        rows += (half_rows,)
+        states += (tl.zeros([PACK * BLOCK_Q, BLOCK_D], tl.float32),)
+    keys = (k_ptr, v_ptr, kv_start)
+    LAYOUT: tl.constexpr = (stride_kn, stride_vn, HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV)
     states = walk_keys(
-        dq_tile, states, rows, row0, q_len, offset, sink, window, head0, kv_len,
-        k_ptr, v_ptr, kv_start, stride_kn, stride_vn, qk_scale, cap,
-        HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_Q, BLOCK_KV, BLOCK_SINK, PACK, SOFTCAP,
+        dq_tile, states, rows, row0, q_len, offset, sink, window, head0, kv_len, keys,
+        qk_scale, cap, LAYOUT, BLOCK_Q, BLOCK_KV, BLOCK_SINK, PACK, SOFTCAP,
     )  # fmt: skip
     for half in tl.static_range(HALVES):
         store_rows(

@@ -202,6 +202,16 @@ def rows_exist(half, n_left, BLOCK_Q: tl.constexpr, PACK: tl.constexpr):
 
 
 @triton.jit
+def load_half(
+    ptr, half, n_left, stride_h, stride_n, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr, PACK: tl.constexpr,
+):  # fmt: skip
+    """The rows of a half [ROWS, DIM]."""
+    at = row_offsets(half, stride_h, stride_n, BLOCK_Q, PACK)
+    return load_rows(ptr, at, rows_exist(half, n_left, BLOCK_Q, PACK), DIM, BLOCK_D)
+
+
+@triton.jit
 def row_mask(p_lo, sink, window, head0, s_min, w_min, BLOCK_Q: tl.constexpr, PACK: tl.constexpr):
     """Position, sink and window of each row of the first half [ROWS]."""
     r = tl.arange(0, PACK * BLOCK_Q)
@@ -240,21 +250,33 @@ def step_each(
 
 
 @triton.jit
+def load_tile(keys, start, limit, LAYOUT: tl.constexpr, BLOCK_KV: tl.constexpr):
+    """Keys and values from `start` on; 0 from `limit` on."""
+    k_ptr, v_ptr, kv_start = keys
+    STRIDE_KN: tl.constexpr = LAYOUT[0]
+    STRIDE_VN: tl.constexpr = LAYOUT[1]
+    HEAD_DIM: tl.constexpr = LAYOUT[2]
+    V_DIM: tl.constexpr = LAYOUT[3]
+    BLOCK_D: tl.constexpr = LAYOUT[4]
+    BLOCK_DV: tl.constexpr = LAYOUT[5]
+    kv = start + tl.arange(0, BLOCK_KV)  # [BLOCK_KV]
+    at = (kv_start + kv).to(tl.int64)
+    k = load_rows(k_ptr, at * STRIDE_KN, kv < limit, HEAD_DIM, BLOCK_D)  # [BLOCK_KV, HEAD_DIM]
+    v = load_rows(v_ptr, at * STRIDE_VN, kv < limit, V_DIM, BLOCK_DV)  # [BLOCK_KV, V_DIM]
+    return k, v
+
+
+@triton.jit
 def walk_run(
-    step: tl.constexpr, states, rows, mask, bounds, run, k_ptr, v_ptr, kv_start,
-    stride_kn: tl.constexpr, stride_vn: tl.constexpr, qk_scale, cap,
-    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, SOFTCAP: tl.constexpr,
+    step: tl.constexpr, states, rows, mask, bounds, run, keys, qk_scale, cap,
+    LAYOUT: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """`states` after a step over each tile of a run; `rows` is what the step knows of rows."""
     n_sink, n_tiles, win_lo, sink_hi, kv_hi = run
     # with invariants in registers the two halves would not fit
     for i in tl.range(0, n_tiles, disable_licm=True):
         start, limit = key_tile(i, n_sink, win_lo, sink_hi, kv_hi, BLOCK_KV)
-        kv = start + tl.arange(0, BLOCK_KV)  # [BLOCK_KV]
-        at = (kv_start + kv).to(tl.int64)
-        k = load_rows(k_ptr, at * stride_kn, kv < limit, HEAD_DIM, BLOCK_D)  # [BLOCK_KV, HEAD_DIM]
-        v = load_rows(v_ptr, at * stride_vn, kv < limit, V_DIM, BLOCK_DV)  # [BLOCK_KV, V_DIM]
+        k, v = load_tile(keys, start, limit, LAYOUT, BLOCK_KV)
         states = step_each(
             step, states, rows, mask, bounds, k, v, start, limit, qk_scale, cap,
             BLOCK_Q, BLOCK_KV, SOFTCAP,
@@ -264,11 +286,9 @@ def walk_run(
 
 @triton.jit
 def walk_keys(
-    step: tl.constexpr, states, rows, row0, q_len, offset, sink, window, head0, kv_len,
-    k_ptr, v_ptr, kv_start, stride_kn: tl.constexpr, stride_vn: tl.constexpr, qk_scale, cap,
-    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCK_SINK: tl.constexpr,
-    PACK: tl.constexpr, SOFTCAP: tl.constexpr,
+    step: tl.constexpr, states, rows, row0, q_len, offset, sink, window, head0, kv_len, keys,
+    qk_scale, cap, LAYOUT: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
+    BLOCK_SINK: tl.constexpr, PACK: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """`states`, one for each half of the rows, after a step over every key tile they need."""
     s_min, s_max, w_min, w_max = head_range(sink, window, head0, kv_len, PACK)
@@ -282,38 +302,57 @@ def walk_keys(
     # a loop even if it has one tile: behind an `if`, ptxas serialises the wgmma of the others
     run = (0, (rest + BLOCK_SINK - 1) // BLOCK_SINK, sink_hi - rest, 0, sink_hi)
     states = walk_run(
-        step, states, rows, mask, bounds, run, k_ptr, v_ptr, kv_start, stride_kn, stride_vn,
-        qk_scale, cap, HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_Q, BLOCK_SINK, SOFTCAP,
-    )  # fmt: skip
+        step,
+        states,
+        rows,
+        mask,
+        bounds,
+        run,
+        keys,
+        qk_scale,
+        cap,
+        LAYOUT,
+        BLOCK_Q,
+        BLOCK_SINK,
+        SOFTCAP,
+    )
     if len(states) == 1:
         run = (n_sink, n_tiles, win_lo, sink_hi, kv_hi)
         return walk_run(
-            step, states, rows, mask, bounds, run, k_ptr, v_ptr, kv_start, stride_kn, stride_vn,
-            qk_scale, cap, HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_Q, BLOCK_KV, SOFTCAP,
-        )  # fmt: skip
+            step,
+            states,
+            rows,
+            mask,
+            bounds,
+            run,
+            keys,
+            qk_scale,
+            cap,
+            LAYOUT,
+            BLOCK_Q,
+            BLOCK_KV,
+            SOFTCAP,
+        )
     else:
         n_lower, n_seen = halve(walk, p_lo + BLOCK_Q, w_max, BLOCK_KV)
-        lower, upper = states
         run = (0, n_lower, win_lo, 0, kv_hi)
         lower = walk_run(
-            step, (lower,), rows, mask, bounds, run, k_ptr, v_ptr, kv_start, stride_kn, stride_vn,
-            qk_scale, cap, HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_Q, BLOCK_KV, SOFTCAP,
-        )[0]  # fmt: skip
+            step, states[:1], rows[:1], mask, bounds, run, keys, qk_scale, cap,
+            LAYOUT, BLOCK_Q, BLOCK_KV, SOFTCAP,
+        )  # fmt: skip
         run = (n_sink, n_seen - n_lower, win_lo + n_lower * BLOCK_KV, sink_hi, kv_hi)
-        lower, upper = walk_run(
-            step, (lower, upper), rows, mask, bounds, run, k_ptr, v_ptr, kv_start,
-            stride_kn, stride_vn, qk_scale, cap,
-            HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_Q, BLOCK_KV, SOFTCAP,
+        states = walk_run(
+            step, lower + states[1:], rows, mask, bounds, run, keys, qk_scale, cap,
+            LAYOUT, BLOCK_Q, BLOCK_KV, SOFTCAP,
         )  # fmt: skip
         run = (0, n_tiles - n_seen, win_lo + (n_seen - n_sink) * BLOCK_KV, 0, kv_hi)
         mask = (p + BLOCK_Q, s, w)
         bounds = (p_lo + BLOCK_Q, s_min, w_min)
         upper = walk_run(
-            step, (upper,), (rows[1],), mask, bounds, run, k_ptr, v_ptr, kv_start,
-            stride_kn, stride_vn, qk_scale, cap,
-            HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_Q, BLOCK_KV, SOFTCAP,
-        )[0]  # fmt: skip
-        return lower, upper
+            step, states[1:], rows[1:], mask, bounds, run, keys, qk_scale, cap,
+            LAYOUT, BLOCK_Q, BLOCK_KV, SOFTCAP,
+        )  # fmt: skip
+        return states[:1] + upper
 
 
 @triton.jit
@@ -381,7 +420,7 @@ def streaming_fwd_kernel(
     """Write out and lse of HALVES * BLOCK_Q query rows of PACK heads that share a kv head."""
     head0 = tl.program_id(1) * PACK
     batch = tl.program_id(2)
-    n_rows = q_len
+    n_rows = q_len.to(tl.int64)
     _, row0, q_start, kv_start, q_len, kv_len, offset = locate(
         tl.program_id(0), batch, q_len, kv_len, q_offset, cu_seqlens_q, cu_seqlens_k, tiles,
         HALVES * BLOCK_Q,
@@ -397,27 +436,19 @@ def streaming_fwd_kernel(
     dense = (batch64 * n_heads + head64) * n_rows + at
     out_ptr += dense * V_DIM
     lse_ptr += dense
-    q = load_rows(
-        q_ptr,
-        row_offsets(0, stride_qh, stride_qn, BLOCK_Q, PACK),
-        rows_exist(0, n_left, BLOCK_Q, PACK),
-        HEAD_DIM,
-        BLOCK_D,
-    )  # fmt: skip [ROWS, HEAD_DIM]
-    rows = (q,)
-    states = (no_keys_yet(PACK * BLOCK_Q, BLOCK_DV),)
-    if HALVES == 2:
-        q = load_rows(
-            q_ptr, row_offsets(1, stride_qh, stride_qn, BLOCK_Q, PACK),
-            rows_exist(1, n_left, BLOCK_Q, PACK), HEAD_DIM, BLOCK_D,
-        )  # fmt: skip
-        rows = (rows[0], q)
-        states = (states[0], no_keys_yet(PACK * BLOCK_Q, BLOCK_DV))
+    rows = ()
+    states = ()
+    for half in tl.static_range(HALVES):
+        q = load_half(q_ptr, half, n_left, stride_qh, stride_qn, HEAD_DIM, BLOCK_D, BLOCK_Q, PACK)
+        rows += (q,)
+        states += (no_keys_yet(PACK * BLOCK_Q, BLOCK_DV),)
+    keys = (k_ptr, v_ptr, kv_start)
+    LAYOUT: tl.constexpr = (stride_kn, stride_vn, HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV)
     states = walk_keys(
-        forward_tile, states, rows, row0, q_len, offset, sink, window, head0, kv_len,
-        k_ptr, v_ptr, kv_start, stride_kn, stride_vn, qk_scale, cap,
-        HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_Q, BLOCK_KV, BLOCK_SINK, PACK, SOFTCAP,
+        forward_tile, states, rows, row0, q_len, offset, sink, window, head0, kv_len, keys,
+        qk_scale, cap, LAYOUT, BLOCK_Q, BLOCK_KV, BLOCK_SINK, PACK, SOFTCAP,
     )  # fmt: skip
-    store_out(states[0], out_ptr, lse_ptr, 0, n_left, n_rows, V_DIM, BLOCK_DV, BLOCK_Q, PACK)
-    if HALVES == 2:
-        store_out(states[1], out_ptr, lse_ptr, 1, n_left, n_rows, V_DIM, BLOCK_DV, BLOCK_Q, PACK)
+    for half in tl.static_range(HALVES):
+        store_out(
+            states[half], out_ptr, lse_ptr, half, n_left, n_rows, V_DIM, BLOCK_DV, BLOCK_Q, PACK
+        )
