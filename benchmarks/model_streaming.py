@@ -19,7 +19,8 @@ PATTERNS = ((64, 256), (4, 64), (128, 1024))  # (sink, window) in tokens
 TARGETS = {(64, 256): 1.25, (4, 64): 2.2}  # visited / needed, at most
 FLEX_BLOCK = 128
 BYTES = 2  # of a bfloat16
-FORWARD_PRODUCTS, BACKWARD_PRODUCTS = 2, 7  # q k', p v; and s, dp, dq, then s, dp, dv, dk
+FORWARD_PRODUCTS = 2  # q k' and p v
+DQ_PRODUCTS, DKDV_PRODUCTS = 3, 4  # s, dp, dq; s, dp, dv, dk
 
 
 class Device(NamedTuple):
@@ -49,7 +50,8 @@ class Plan(NamedTuple):
     rows: int
     halves: int  # tiles of rows in a program, which reads their keys once
     kv: int
-    dkdv_kv: int  # keys of a tile of the kernel for dk and dv, which walks rows
+    dkdv_kv: int  # keys of a tile of the kernel for dk and dv, which walks rows,
+    dkdv_rows: int  # so many at a time
     pack: int
     visit: Callable[..., Visit]
 
@@ -59,6 +61,7 @@ class Count(NamedTuple):
 
     needed: float  # (row, key) pairs
     visited: float
+    visited_dkdv: float
     l2_bytes: float  # keys and values read by the forward kernel's tiles, mostly from the L2
     l2_bytes_dkdv: float  # rows of q and dout read by the tiles of keys
     bytes: float  # what must cross device memory once
@@ -105,11 +108,11 @@ def visit_by_blocks(row0: int, row1: int, sink: int, window: int, plan: Plan) ->
 
 
 PLANS = {
-    "ours": Plan("ours", 64, 2, 64, 64, 1, visit_by_tiles),
-    "ours, 4 heads packed": Plan("ours, 4 heads packed", 16, 2, 64, 64, 4, visit_by_tiles),
-    "64 rows": Plan("64 rows", 64, 1, 64, 64, 1, visit_by_tiles),
-    "128 rows": Plan("128 rows", 128, 1, 64, 64, 1, visit_by_tiles),
-    "flex 128": Plan("flex 128", FLEX_BLOCK, 1, FLEX_BLOCK, FLEX_BLOCK, 1, visit_by_blocks),
+    "ours": Plan("ours", 64, 2, 64, 128, 64, 1, visit_by_tiles),
+    "ours, 4 heads packed": Plan("ours, 4 heads packed", 16, 2, 64, 128, 64, 4, visit_by_tiles),
+    "64 rows": Plan("64 rows", 64, 1, 64, 64, 64, 1, visit_by_tiles),
+    "128 rows": Plan("128 rows", 128, 1, 64, 64, 64, 1, visit_by_tiles),
+    "flex 128": Plan("flex 128", FLEX_BLOCK, 1, *[FLEX_BLOCK] * 3, 1, visit_by_blocks),
 }
 
 
@@ -128,10 +131,12 @@ def count(
     once = length * d * BYTES * (2 * n_heads + 2 * n_kv_heads)  # q, out; k, v
     l2_bytes = keys * 2 * d * BYTES * n_heads / plan.pack
     # a key is seen by the rows of its window, a sink by all that follow it
-    seen_by = cdiv(length, plan.dkdv_kv) * (window + plan.dkdv_kv - 1)
-    seen_by += cdiv(sink, plan.dkdv_kv) * length
+    kv, step = plan.dkdv_kv, plan.dkdv_rows
+    seen_by = cdiv(length, kv) * cdiv(window + kv - 1, step) * step + cdiv(sink, kv) * length
     l2_dkdv = seen_by * 2 * d * BYTES * n_heads
-    return Count(needed * n_heads, visited * n_heads, l2_bytes, l2_dkdv, once)
+    return Count(
+        needed * n_heads, visited * n_heads, seen_by * kv * n_heads, l2_bytes, l2_dkdv, once
+    )
 
 
 def steady_ratio(plan: Plan, sink: int, window: int) -> float:
@@ -143,13 +148,20 @@ def steady_ratio(plan: Plan, sink: int, window: int) -> float:
 
 def times(work: Count, device: Device, d: int, backward: bool) -> tuple[float, float, float]:
     """Seconds: the roofline of the needed work; of the visited work; the latter with the L2."""
-    products = FORWARD_PRODUCTS + (BACKWARD_PRODUCTS if backward else 0)
     # 5 products are the least a backward pass needs, 7 what two passes without atomics do
     least = FORWARD_PRODUCTS + (5 if backward else 0)
     moved = work.bytes * (4 if backward else 1)  # again q, k, v, out, dout; and dq, dk, dv
     bound = max(work.needed * 2 * d * least / device.flops, moved / device.memory)
-    mine = max(work.visited * 2 * d * products / device.flops, moved / device.memory)
+    mine = max(flops(work, d, backward) / device.flops, moved / device.memory)
     return bound, mine, max(mine, l2_traffic(work, backward) / device.l2)
+
+
+def flops(work: Count, d: int, backward: bool) -> float:
+    """Of the pairs that tiles visit."""
+    products = work.visited * FORWARD_PRODUCTS
+    if backward:
+        products += work.visited * DQ_PRODUCTS + work.visited_dkdv * DKDV_PRODUCTS
+    return products * 2 * d
 
 
 def l2_traffic(work: Count, backward: bool) -> float:
@@ -189,11 +201,11 @@ def main() -> None:
                 work = count(plan, s, w, args.length, args.heads, args.kv_heads, args.head_dim)
                 for backward in (False, True):
                     bound, mine, l2 = times(work, device, args.head_dim, backward)
-                    products = FORWARD_PRODUCTS + BACKWARD_PRODUCTS * backward
-                    flops = work.visited * 2 * args.head_dim * products
+                    name = "fwd+bwd" if backward else "fwd"
+                    gflop = flops(work, args.head_dim, backward) / 1e9
                     print(
                         f"{device.name:6}{f'{s}, {w}':>12}  {plan.name:22}"
-                        f"{'fwd+bwd' if backward else 'fwd':9}{flops / 1e9:>9.0f}"
+                        f"{name:9}{gflop:>9.0f}"
                         f"{work.bytes * (4 if backward else 1) / 1e6:>8.0f}"
                         f"{l2_traffic(work, backward) / 1e6:>9.0f}"
                         f"{bound * 1e3:>9.3f}{mine * 1e3:>9.3f}{l2 * 1e3:>9.3f}"

@@ -219,8 +219,6 @@ def streaming_dkdv_kernel(
     q_ptr += batch64 * stride_qb
     k_ptr += batch64 * stride_kb + kv_head64 * stride_kh + at * stride_kn
     v_ptr += batch64 * stride_vb + kv_head64 * stride_vh + at * stride_vn
-    k = load_rows(k_ptr, i_kv * stride_kn, valid, HEAD_DIM, BLOCK_D)  # [BLOCK_KV, HEAD_DIM]
-    v = load_rows(v_ptr, i_kv * stride_vn, valid, V_DIM, BLOCK_DV)  # [BLOCK_KV, V_DIM]
     dk = tl.zeros([BLOCK_KV, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_KV, BLOCK_DV], tl.float32)
     part = kv_head64 * n_sink * BLOCK_KV + kv0  # a tile's place in a chunk's parts
@@ -230,18 +228,20 @@ def streaming_dkdv_kernel(
         part0 = batch * n_chunks
         if cu_seqlens_q is not None:
             part0 = tl.load(first_chunk + seq)
-        # before the loop: behind it their registers would spill
+        # first, as their registers would spill beside keys and values, or after the loop
         for c in range(n_parts):
             at_part = (part0 + c) * part_size + part
             dk += load_rows(dk_part + at_part * HEAD_DIM, i_kv * HEAD_DIM, valid, HEAD_DIM, BLOCK_D)
             dv += load_rows(dv_part + at_part * V_DIM, i_kv * V_DIM, valid, V_DIM, BLOCK_DV)
+    k = load_rows(k_ptr, i_kv * stride_kn, valid, HEAD_DIM, BLOCK_D)  # [BLOCK_KV, HEAD_DIM]
+    v = load_rows(v_ptr, i_kv * stride_vn, valid, V_DIM, BLOCK_DV)  # [BLOCK_KV, V_DIM]
 
     # heads and row tiles are one loop, so that loads are prefetched from one head to the next
     per_head = tl.maximum(row_hi - row_lo + BLOCK_Q - 1, 0) // BLOCK_Q
     step = tl.arange(0, BLOCK_Q)  # [BLOCK_Q]
-    for i in tl.range(0, per_head * group_size, disable_licm=True):
-        head = head0 + i // per_head
-        row0 = row_lo + i % per_head * BLOCK_Q
+    head = head0
+    row0 = row_lo
+    for _ in tl.range(0, per_head * group_size, disable_licm=True):
         seen = step < row_hi - row0
         s = tl.load(sink + head)
         w = tl.load(window + head)
@@ -266,6 +266,10 @@ def streaming_dkdv_kernel(
         delta = tl.load(delta_ptr + dense + at_q, mask=seen, other=0.0)
         dscores = score_gradient(probs, tanh, dot(v, tl.trans(dout)), delta[None, :], SOFTCAP)
         dk = dot(dscores.to(q.dtype), q, dk)
+        row0 += BLOCK_Q
+        is_last = row0 >= row_hi
+        head += is_last.to(tl.int32)
+        row0 = tl.where(is_last, row_lo, row0)
 
     if PARTIAL:
         at = chunk_id * part_size + part
