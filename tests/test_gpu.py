@@ -135,6 +135,14 @@ def test_an_executor_is_as_exact_as_sdpa(executor, masks, heads, lengths, dtype)
     check(out, None, tensors, dense(masks, lengths))
 
 
+@pytest.mark.parametrize("d", [128, 256])
+def test_streaming_is_as_exact_at_larger_head_dims(d):
+    masks, lengths = [causal & (sink(70) | window(256)), STREAMING], (700, 700)
+    tensors = inputs((2, 2), lengths, d=d)
+    out, _ = attention(compiled(masks, lengths), tensors, "streaming")
+    check(out, None, tensors, dense(masks, lengths))
+
+
 @pytest.mark.parametrize("executor", ["streaming", "flex", "blockwise"])
 def test_the_lse_and_its_gradient(executor):
     masks, tensors = [STREAMING] * 4, inputs((4, 2), (N, N))
