@@ -80,7 +80,7 @@ def needed_keys(p: int, sink: int, window: int) -> int:
 def visit_by_tiles(
     row0: int, row1: int, sink: int, window: int, plan: Plan, rest: int = 16
 ) -> Visit:
-    """Of rows row0..row1: `schedule` and `halve` in streaming_kernels.py, written out."""
+    """Of rows row0..row1: `schedule` and `halve` in streaming_schedule.py, written out."""
     kv, end = plan.kv, row1 + 1
     sink = min(sink, end)
     start = min(max(row0 - window + 1, 0), end) if window > 0 else end

@@ -232,10 +232,10 @@ def test_streaming_repeats_every_bit():
 
 @pytest.mark.skipif(DRY_RUN, reason="the interpreter compiles nothing")
 def test_streaming_compiles_nothing_for_new_numbers():
-    from flexsparse.executors import streaming_backward, streaming_kernels
+    from flexsparse.executors import streaming_backward, streaming_forward
 
     kernels = [
-        streaming_kernels.streaming_fwd_kernel,
+        streaming_forward.streaming_fwd_kernel,
         streaming_backward.streaming_dq_kernel,
         streaming_backward.streaming_dkdv_kernel,
     ]

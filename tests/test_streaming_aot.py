@@ -22,7 +22,7 @@ from triton.compiler import ASTSource  # noqa: E402
 from flexsparse.executors import (  # noqa: E402
     streaming_backward,
     streaming_decode,
-    streaming_kernels,
+    streaming_forward,
     streaming_ops,
     streaming_tiles,
 )
@@ -55,7 +55,7 @@ class Recorder:
 @pytest.fixture
 def launches(monkeypatch):
     recorded = []
-    for module in (streaming_kernels, streaming_backward, streaming_decode):
+    for module in (streaming_forward, streaming_backward, streaming_decode):
         for name in [n for n in vars(module) if re.fullmatch(r"streaming_\w+_kernel", n)]:
             monkeypatch.setattr(module, name, Recorder(getattr(module, name), recorded))
     return recorded

@@ -14,7 +14,7 @@ triton = pytest.importorskip("triton", reason="the streaming kernels are written
 if RUNS_HERE:
     import triton.language as tl
 
-    from flexsparse.executors.streaming_kernels import halve, needs_mask, schedule
+    from flexsparse.executors.streaming_schedule import halve, needs_mask, schedule
 
     @triton.jit
     def schedule_kernel(

@@ -9,16 +9,13 @@ No atomics: every sum has one order, so gradients have the same bits on every ru
 import triton
 import triton.language as tl
 
-from flexsparse.executors.streaming_kernels import (
-    FAR,
+from flexsparse.executors.streaming_schedule import FAR, keep_keys, locate, needs_mask
+from flexsparse.executors.streaming_walk import (
     LOG2E,
     cap_scores,
     dot,
-    keep_keys,
     load_half,
     load_rows,
-    locate,
-    needs_mask,
     row_offsets,
     rows_exist,
     store_rows,

@@ -16,19 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flexsparse.executors.streaming_kernels import (
-    FAR,
-    LOWEST,
-    forward_tile,
-    key_tile,
-    load_rows,
-    needs_mask,
-    no_keys_yet,
-    out_and_lse,
-    schedule,
-    store_rows,
-)
+from flexsparse.executors.streaming_forward import LOWEST, forward_tile, no_keys_yet, out_and_lse
+from flexsparse.executors.streaming_schedule import FAR, key_tile, needs_mask, schedule
 from flexsparse.executors.streaming_tiles import cdiv, dims, padded, score_factors, strides
+from flexsparse.executors.streaming_walk import load_rows, store_rows
 
 DECODE_ROWS = 64  # up to this many rows (query rows x heads of a group) splitting pays
 DECODE_PROGRAMS = 264  # splits are made up to so many: two a multiprocessor of an H200

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flexsparse.executors import streaming_backward as backward
-from flexsparse.executors import streaming_kernels as forward
+from flexsparse.executors import streaming_forward as forward
 from flexsparse.executors.streaming_tiles import (
     DELTA_TILE,
     MAX_SINK,

@@ -1,0 +1,147 @@
+"""Which keys a tile of query rows needs, and which it keeps: `causal & (sink(s) | window(w))`.
+
+With p = q_row + offset, the position of a query row among the keys, a row keeps the keys
+
+    kv_idx <= p  and  (kv_idx < s  or  p - kv_idx < w)
+
+so a tile of query rows needs two runs of keys and nothing between them:
+
+    |0 .. s)  sink tiles          [p_lo - w + 1 .. p_hi]  window tiles
+    ####......................########
+
+The runs are one list of tiles of BLOCK_KV keys, so that loads are prefetched across the seam. A
+short rest of the sink (4 sinks are common) gets a tile of BLOCK_SINK keys of its own. Where the
+runs would meet they are merged into one run from key 0, so no key can be counted twice.
+"""
+
+# mypy: ignore-errors
+# ruff: noqa: N803 - capitals are the habit for compile-time constants of a kernel
+
+import triton
+import triton.language as tl
+
+# stands for "any distance": large, yet far enough from int32's end to add a length to it
+FAR = tl.constexpr(1 << 30)
+
+
+@triton.jit
+def locate(
+    tile, batch, q_len, kv_len, q_offset, cu_seqlens_q, cu_seqlens_k, tiles, BLOCK: tl.constexpr
+):
+    """Where tile number `tile` lies: sequence, first row or key, and the sequence's extent."""
+    q_start = 0
+    kv_start = 0
+    seq = batch
+    first = tile * BLOCK
+    if cu_seqlens_q is not None:
+        seq = tl.load(tiles + 2 * tile)
+        first = tl.load(tiles + 2 * tile + 1)
+        q_start = tl.load(cu_seqlens_q + seq)
+        kv_start = tl.load(cu_seqlens_k + seq)
+        q_len = tl.load(cu_seqlens_q + seq + 1) - q_start
+        kv_len = tl.load(cu_seqlens_k + seq + 1) - kv_start
+    offset = kv_len - q_len
+    if q_offset is not None:
+        offset = tl.load(q_offset + seq)
+    return seq, first, q_start, kv_start, q_len, kv_len, offset
+
+
+@triton.jit
+def head_range(sink, window, head0, kv_len, COUNT: tl.constexpr):
+    """Smallest and largest sink and window of COUNT heads, clipped so that sums stay in int32."""
+    s_min = tl.load(sink + head0)
+    w_min = tl.load(window + head0)
+    s_max = s_min
+    w_max = w_min
+    for i in tl.static_range(1, COUNT):
+        s = tl.load(sink + head0 + i)
+        w = tl.load(window + head0 + i)
+        s_min, s_max = tl.minimum(s_min, s), tl.maximum(s_max, s)
+        w_min, w_max = tl.minimum(w_min, w), tl.maximum(w_max, w)
+    return s_min, tl.minimum(s_max, kv_len), tl.minimum(w_min, FAR), tl.minimum(w_max, FAR)
+
+
+@triton.jit
+def schedule(p_lo, p_hi, s_max, w_max, kv_len, BLOCK_KV: tl.constexpr, BLOCK_SINK: tl.constexpr):
+    """The key tiles that rows at positions p_lo..p_hi need.
+
+    Returns (n_sink, n_tiles, win_lo, sink_hi, kv_hi, rest): tile i < n_sink starts at
+    i * BLOCK_KV and ends before sink_hi; a later one starts at win_lo + (i - n_sink) * BLOCK_KV
+    and ends before kv_hi; `rest` keys before sink_hi are left for a tile of BLOCK_SINK keys.
+    """
+    kv_hi = tl.maximum(tl.minimum(p_hi + 1, kv_len), 0)
+    sink_hi = tl.maximum(tl.minimum(s_max, kv_hi), 0)
+    win_lo = tl.minimum(tl.maximum(p_lo - w_max + 1, 0), kv_hi)
+    win_lo = tl.where(w_max > 0, win_lo, kv_hi)
+    rest = sink_hi % BLOCK_KV
+    rest = tl.where(rest <= BLOCK_SINK, rest, 0)
+    n_sink = (sink_hi - rest + BLOCK_KV - 1) // BLOCK_KV
+    n_window = (kv_hi - win_lo + BLOCK_KV - 1) // BLOCK_KV
+    n_all = (kv_hi + BLOCK_KV - 1) // BLOCK_KV
+    # one run from key 0 when the runs touch, or when it is no more work
+    merged = (win_lo < sink_hi) | (n_all <= n_sink + n_window)
+    n_sink = tl.where(merged, 0, n_sink)
+    n_tiles = tl.where(merged, n_all, n_sink + n_window)
+    return (
+        n_sink,
+        n_tiles,
+        tl.where(merged, 0, win_lo),
+        sink_hi,
+        kv_hi,
+        tl.where(merged, 0, rest),
+    )
+
+
+@triton.jit
+def key_tile(i, n_sink, win_lo, sink_hi, kv_hi, BLOCK_KV: tl.constexpr):
+    """First key of tile i of a schedule, and the end of its run."""
+    is_sink = i < n_sink
+    start = tl.where(is_sink, i * BLOCK_KV, win_lo + (i - n_sink) * BLOCK_KV)
+    return start, tl.where(is_sink, sink_hi, kv_hi)
+
+
+@triton.jit
+def halve(walk, p_mid, w_max, BLOCK_KV: tl.constexpr):
+    """Cut a schedule for rows before p_mid, the lower half, and rows from p_mid on, the upper.
+
+    Returns (n_lower, n_seen): the first n_lower window tiles are the lower half's alone, and tiles
+    n_seen and later the upper half's.
+    """
+    n_sink, n_tiles, win_lo, _, kv_hi, _ = walk
+    seen = tl.maximum(tl.minimum(p_mid, kv_hi) - win_lo, 0)
+    n_seen = tl.minimum(n_sink + (seen + BLOCK_KV - 1) // BLOCK_KV, n_tiles)
+    n_lower = tl.maximum(p_mid - w_max + 1 - win_lo, 0) // BLOCK_KV
+    # a run from key 0 holds the sink
+    n_lower = tl.where(win_lo > 0, tl.minimum(n_lower, n_seen - n_sink), 0)
+    return n_lower, n_seen
+
+
+@triton.jit
+def row_mask(p_lo, sink, window, head0, s_min, w_min, BLOCK_Q: tl.constexpr, PACK: tl.constexpr):
+    """Position, sink and window of each row of the first half [ROWS]."""
+    r = tl.arange(0, PACK * BLOCK_Q)
+    if PACK == 1:
+        s = tl.zeros_like(r) + s_min
+        w = tl.zeros_like(r) + w_min
+    else:
+        s = tl.load(sink + head0 + r // BLOCK_Q)
+        w = tl.minimum(tl.load(window + head0 + r // BLOCK_Q), FAR)
+    return p_lo + r % BLOCK_Q, s, w
+
+
+@triton.jit
+def needs_mask(start, end, limit, p_lo, p_hi, s_min, w_min):
+    """False where every row of the tile keeps every one of its keys."""
+    full = (end <= limit) & (end - 1 <= p_lo) & ((end <= s_min) | (p_hi - start < w_min))
+    return full == 0
+
+
+@triton.jit
+def keep_keys(mask, start, limit, BLOCK_KV: tl.constexpr):
+    """The mask of a tile of keys [ROWS, BLOCK_KV]; `limit` ends the run that it belongs to."""
+    p, s, w = mask
+    # all relative to the tile: columns are constants then, not positions with a register each
+    column = tl.arange(0, BLOCK_KV)[None, :]
+    last = (tl.minimum(p, limit - 1) - start)[:, None]
+    before_window = (p - w - start)[:, None]
+    return (column <= last) & ((column < (s - start)[:, None]) | (column > before_window))
