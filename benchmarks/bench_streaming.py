@@ -1,11 +1,14 @@
 """The streaming kernels against flex (at its best block size) and dense SDPA, on one CUDA GPU.
 
     python benchmarks/bench_streaming.py --save results/streaming_h200.json --plot results/
+    python benchmarks/bench_streaming.py --warm --lengths 16384          # compiles alone
     TRITON_INTERPRET=1 python benchmarks/bench_streaming.py --dry-run    # no GPU: means nothing
 
 Per length and (sink, window): forward, and forward + backward, of ours; of flex_attention with the
 same mask; of dense causal SDPA; and of a compiled mask whose heads are half dense, half streaming,
 as Block-Sparse-Attention measures it. Times are medians of single runs, in milliseconds.
+Compiling takes longer than measuring, and can be done for all lengths at once: what `--warm` leaves
+in the caches of triton and inductor is found there by the run that measures.
 """
 
 from __future__ import annotations
@@ -14,7 +17,6 @@ import argparse
 import datetime
 import json
 import pathlib
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -36,39 +38,30 @@ FLEX_BLOCKS: dict[int, dict[str, Any]] = {128: {}, 64: {"fwd_BLOCK_M": 64, "fwd_
 HYBRID_PATTERN = PATTERNS[0]
 
 
-def median_ms(run: Callable[[], Any], device: str, budget_ms: float = 150.0) -> float:
-    """Median of single runs between CUDA events, after two runs to compile and warm up."""
-    if device == "cpu":
+def milliseconds(run: Callable[[], Any], once: bool) -> float:
+    """Median of runs on a GPU, the L2 cache emptied before each; or the time of the first run."""
+    if once:
         started = time.perf_counter()
         run()
         return (time.perf_counter() - started) * 1e3
-    for _ in range(2):
-        run()
-    torch.cuda.synchronize()
-    found: list[float] = []
-    while len(found) < 3 or (sum(found) < budget_ms and len(found) < 50):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        found.append(start.elapsed_time(end))
-    return statistics.median(found)
+    from triton.testing import do_bench
+
+    return float(do_bench(run, warmup=25, rep=100, return_mode="median"))
 
 
 def measure_pass(
-    name: str, attend: Callable[..., Tensor], tensors: list[Tensor], dout: Tensor
+    name: str, attend: Callable[..., Tensor], tensors: list[Tensor], dout: Tensor, once: bool
 ) -> float:
     """Milliseconds of the forward pass, or of it with the backward pass."""
     if name == "fwd":
         with torch.no_grad():
-            return median_ms(lambda: attend(*tensors), dout.device.type)
+            return milliseconds(lambda: attend(*tensors), once)
     leaves = [x.detach().requires_grad_() for x in tensors]
 
     def both() -> None:
         torch.autograd.grad(attend(*leaves), leaves, dout)
 
-    return median_ms(both, dout.device.type)
+    return milliseconds(both, once)
 
 
 def streaming_block_mask(
@@ -154,7 +147,8 @@ class Bench:
         found: dict[str, Any] = {"flex_blocks": {}}
 
         def add(way: str, name: str, attend: Callable[..., Tensor]) -> float:
-            ms = round(measure_pass(name, attend, tensors, dout), 4)
+            once = self.args.warm or self.args.dry_run
+            ms = round(measure_pass(name, attend, tensors, dout, once), 4)
             found.setdefault(way, {})[name] = ms
             return ms
 
@@ -190,7 +184,9 @@ def cases(args: argparse.Namespace) -> list[dict[str, Any]]:
     for length in args.lengths:
         for s, w in PATTERNS:
             work = count(plan, s, w, length, args.heads, args.kv_heads, args.head_dim)
-            bound = [times(work, DEVICES[1], args.head_dim, b)[0] * 1e3 for b in (False, True)]
+            bound = [
+                times(work, plan, DEVICES[1], args.head_dim, b)[0] * 1e3 for b in (False, True)
+            ]
             bounds = {name: round(ms, 4) for name, ms in zip(PASSES, bound, strict=True)}
             found.append({"length": length, "sink": s, "window": w, "h200_bound_ms": bounds})
     return found
@@ -248,7 +244,7 @@ def about(args: argparse.Namespace) -> dict[str, Any]:
         "triton": triton.__version__,
         "date": str(datetime.date.today()),
         "shape": f"{args.heads} heads, {args.kv_heads} kv heads, head_dim {args.head_dim}, batch 1",
-        "timing": "median of 3 to 50 runs, CUDA events, milliseconds",
+        "timing": "median of triton's do_bench, the L2 emptied before each run, milliseconds",
     }
 
 
@@ -260,6 +256,7 @@ def main() -> None:
     parser.add_argument("--kv-heads", type=int, default=32)
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--seconds", type=float, default=3600, help="start no case after these")
+    parser.add_argument("--warm", action="store_true", help="compile alone, for a later run")
     parser.add_argument("--dry-run", action="store_true", help="tiny, on a CPU")
     parser.add_argument("--save", type=pathlib.Path)
     parser.add_argument("--plot", type=pathlib.Path, help="a folder for the plots")
@@ -271,6 +268,10 @@ def main() -> None:
     print(record, flush=True)
     bench, rows = Bench(args), []
     left = cases(args)
+    if args.warm:  # patterns share their kernels
+        for case in left[:: len(PATTERNS)]:
+            bench.measure(case)
+        return
     while left and time.perf_counter() - started < args.seconds:
         case = left.pop(0)
         rows.append(case | bench.measure(case))

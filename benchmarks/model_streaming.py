@@ -5,7 +5,8 @@
 For every pattern: the keys a tile plan visits against the keys the mask needs, and the time the
 visited work takes at the datasheet's rates. Our tiles are two halves of 64 rows that share the keys
 both see; beside them are plain tiles of 64 and 128 rows and FlexAttention's blocks of 128. `bound`
-is the roofline of the needed work, what "within 2 x of the roofline" refers to. These are
+is the roofline of the needed work, each tensor read or written once by each pass: what "within 2 x
+of the roofline" refers to. `kernels` is the roofline of what the plan's kernels do. These are
 predictions; measured times are in results/*.json and nowhere else.
 """
 
@@ -43,6 +44,21 @@ class Visit(NamedTuple):
     visited: int
 
 
+class Moves(NamedTuple):
+    """Tensors that cross device memory: those with query heads, and those with kv heads."""
+
+    query: int
+    kv: int
+
+
+FORWARD_MOVES = Moves(2, 2)  # q, out; k, v
+LEAST_BACKWARD_MOVES = Moves(4, 4)  # q, out, dout, dq; k, v, dk, dv
+# a kernel for dq and delta, one for dk and dv: q and dout, k and v are read by both
+OUR_BACKWARD_MOVES = Moves(6, 6)
+# out and dout for delta; one kernel for dq, dk and dv finds in the L2 what it reads twice
+FLEX_BACKWARD_MOVES = Moves(5, 4)
+
+
 class Plan(NamedTuple):
     """How a kernel cuts the work: rows of one head in a tile, its keys, heads sharing keys."""
 
@@ -54,6 +70,7 @@ class Plan(NamedTuple):
     dkdv_rows: int  # so many at a time
     pack: int
     visit: Callable[..., Visit]
+    backward_moves: Moves
 
 
 class Count(NamedTuple):
@@ -64,7 +81,8 @@ class Count(NamedTuple):
     visited_dkdv: float
     l2_bytes: float  # keys and values read by the forward kernel's tiles, mostly from the L2
     l2_bytes_dkdv: float  # rows of q and dout read by the tiles of keys
-    bytes: float  # what must cross device memory once
+    query_bytes: float  # of a tensor with query heads
+    kv_bytes: float
 
 
 def cdiv(a: int, b: int) -> int:
@@ -107,12 +125,19 @@ def visit_by_blocks(row0: int, row1: int, sink: int, window: int, plan: Plan) ->
     return Visit(keys, keys)
 
 
+def _ours(name: str, rows: int, halves: int, pack: int = 1) -> Plan:
+    return Plan(name, rows, halves, 64, 64, 64, pack, visit_by_tiles, OUR_BACKWARD_MOVES)
+
+
 PLANS = {
-    "ours": Plan("ours", 64, 2, 64, 128, 64, 1, visit_by_tiles),
-    "ours, 4 heads packed": Plan("ours, 4 heads packed", 16, 2, 64, 128, 64, 4, visit_by_tiles),
-    "64 rows": Plan("64 rows", 64, 1, 64, 64, 64, 1, visit_by_tiles),
-    "128 rows": Plan("128 rows", 128, 1, 64, 64, 64, 1, visit_by_tiles),
-    "flex 128": Plan("flex 128", FLEX_BLOCK, 1, *[FLEX_BLOCK] * 3, 1, visit_by_blocks),
+    plan.name: plan
+    for plan in (
+        _ours("ours", 64, 2),
+        _ours("ours, 4 heads packed", 16, 2, 4),
+        _ours("64 rows", 64, 1),
+        _ours("128 rows", 128, 1),
+        Plan("flex 128", FLEX_BLOCK, 1, *[FLEX_BLOCK] * 3, 1, visit_by_blocks, FLEX_BACKWARD_MOVES),
+    )
 }
 
 
@@ -128,15 +153,16 @@ def count(
         seen = plan.visit(row0, row1, sink, window, plan)
         keys += seen.read
         visited += seen.visited * plan.rows
-    once = length * d * BYTES * (2 * n_heads + 2 * n_kv_heads)  # q, out; k, v
     l2_bytes = keys * 2 * d * BYTES * n_heads / plan.pack
     # a key is seen by the rows of its window, a sink by all that follow it
     kv, step = plan.dkdv_kv, plan.dkdv_rows
     seen_by = cdiv(length, kv) * cdiv(window + kv - 1, step) * step + cdiv(sink, kv) * length
     l2_dkdv = seen_by * 2 * d * BYTES * n_heads
+    one = length * d * BYTES
     return Count(
-        needed * n_heads, visited * n_heads, seen_by * kv * n_heads, l2_bytes, l2_dkdv, once
-    )
+        needed * n_heads, visited * n_heads, seen_by * kv * n_heads, l2_bytes, l2_dkdv,
+        one * n_heads, one * n_kv_heads,
+    )  # fmt: skip
 
 
 def steady_ratio(plan: Plan, sink: int, window: int) -> float:
@@ -146,12 +172,21 @@ def steady_ratio(plan: Plan, sink: int, window: int) -> float:
     return seen.visited / plan.halves / (sink + window)
 
 
-def times(work: Count, device: Device, d: int, backward: bool) -> tuple[float, float, float]:
-    """Seconds: the roofline of the needed work; of the visited work; the latter with the L2."""
+def memory_traffic(work: Count, moves: Moves | None) -> float:
+    """Bytes that cross device memory: forward, and backward where its moves are given."""
+    query, kv = map(sum, zip(FORWARD_MOVES, moves or (0, 0), strict=True))
+    return query * work.query_bytes + kv * work.kv_bytes
+
+
+def times(
+    work: Count, plan: Plan, device: Device, d: int, backward: bool
+) -> tuple[float, float, float]:
+    """Seconds: the roofline of the needed work; of what the kernels do; the latter with the L2."""
     # 5 products are the least a backward pass needs, 7 what two passes without atomics do
     least = FORWARD_PRODUCTS + (5 if backward else 0)
-    moved = work.bytes * (4 if backward else 1)  # again q, k, v, out, dout; and dq, dk, dv
+    moved = memory_traffic(work, LEAST_BACKWARD_MOVES if backward else None)
     bound = max(work.needed * 2 * d * least / device.flops, moved / device.memory)
+    moved = memory_traffic(work, plan.backward_moves if backward else None)
     mine = max(flops(work, d, backward) / device.flops, moved / device.memory)
     return bound, mine, max(mine, l2_traffic(work, backward) / device.l2)
 
@@ -190,9 +225,9 @@ def main() -> None:
         f"\nmilliseconds, {args.length} tokens, {args.heads} heads on {args.kv_heads} kv heads, "
         f"head_dim {args.head_dim}, bf16, batch 1"
     )
-    print("bound: roofline of the keys needed; visited: of the keys visited; + L2: with L2 traffic")
+    print("bound: roofline of the keys needed; kernels: of what they do; + L2: with L2 traffic")
     head = f"{'':6}{'(s, w)':>12}  {'plan':22}{'pass':9}{'GFLOP':>9}{'MB':>8}{'L2 MB':>9}"
-    print(head + f"{'bound':>9}{'visited':>9}{'+ L2':>9}")
+    print(head + f"{'bound':>9}{'kernels':>9}{'+ L2':>9}")
     for device in DEVICES:
         for s, w in PATTERNS:
             for plan in PLANS.values():
@@ -200,13 +235,13 @@ def main() -> None:
                     continue
                 work = count(plan, s, w, args.length, args.heads, args.kv_heads, args.head_dim)
                 for backward in (False, True):
-                    bound, mine, l2 = times(work, device, args.head_dim, backward)
+                    bound, mine, l2 = times(work, plan, device, args.head_dim, backward)
                     name = "fwd+bwd" if backward else "fwd"
                     gflop = flops(work, args.head_dim, backward) / 1e9
+                    moved = memory_traffic(work, plan.backward_moves if backward else None) / 1e6
                     print(
                         f"{device.name:6}{f'{s}, {w}':>12}  {plan.name:22}"
-                        f"{name:9}{gflop:>9.0f}"
-                        f"{work.bytes * (4 if backward else 1) / 1e6:>8.0f}"
+                        f"{name:9}{gflop:>9.0f}{moved:>8.0f}"
                         f"{l2_traffic(work, backward) / 1e6:>9.0f}"
                         f"{bound * 1e3:>9.3f}{mine * 1e3:>9.3f}{l2 * 1e3:>9.3f}"
                     )

@@ -5,13 +5,18 @@
 
 Each kernel is tuned with the others as flexsparse/executors/streaming_tiles.py has them; the
 numbers are entries of its table. tests/test_streaming_aot.py finds those that spill or do not fit.
+Processes side by side compile all candidates first, into triton's cache.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
+import multiprocessing
+import os
 import time
+from concurrent.futures import ProcessPoolExecutor
 
 from bench_streaming import PATTERNS, Bench, measure_pass
 
@@ -31,6 +36,28 @@ WALK_ROWS = (
 CANDIDATES = {"fwd": WALK_KEYS, "dq": WALK_KEYS, "dkdv": WALK_ROWS}
 
 
+COMPILE_LENGTH = 4096  # enough for every kernel of the backward pass
+
+
+def attempt(
+    bench: Bench, kernel: str, tile: Tile, pattern: tuple[int, int], length: int, once: bool
+) -> float | str:
+    """Milliseconds with this tile for a kernel, or why there are none."""
+    *tensors, dout = bench.tensors(length)
+    usual = streaming_tiles.tiles_for(tensors[0], tensors[2], softcap=0.0)
+    streaming_ops.tiles_for = lambda *args: usual._replace(**{kernel: tile})
+    name = "fwd" if kernel == "fwd" else "fwd_bwd"
+    try:
+        return measure_pass(name, bench.ours(*pattern), tensors, dout, once)
+    except Exception as error:  # shared memory, or a tile triton cannot lay out
+        return str(error).splitlines()[0][:90]
+
+
+def compile_candidate(args: argparse.Namespace, candidate: tuple[str, Tile]) -> None:
+    """Leave what a candidate needs in triton's cache."""
+    attempt(Bench(args), *candidate, PATTERNS[0], min(args.length, COMPILE_LENGTH), once=True)
+
+
 def main() -> None:
     """Time every candidate for each kernel and pattern."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -38,38 +65,37 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, default=32)
     parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--seconds", type=float, default=540, help="start no candidate after these")
+    parser.add_argument("--seconds", type=float, default=240, help="start no candidate after these")
     parser.add_argument("--dry-run", action="store_true", help="tiny, on a CPU")
     args = parser.parse_args()
-    n_candidates, patterns = None, PATTERNS
+    stop = time.perf_counter() + args.seconds
+    candidates, patterns = CANDIDATES, PATTERNS
     if args.dry_run:
         args.length, args.heads, args.kv_heads, args.head_dim = 128, 2, 1, 32
-        n_candidates, patterns = 1, PATTERNS[:1]
-    bench, stop = Bench(args), time.perf_counter() + args.seconds
-    *tensors, dout = bench.tensors(args.length)
-    usual = streaming_tiles.tiles_for(tensors[0], tensors[2], softcap=0.0)
-    for kernel, candidates in CANDIDATES.items():
+        candidates, patterns = {name: x[:1] for name, x in CANDIDATES.items()}, PATTERNS[:1]
+    tiles = [(kernel, Tile(*x)) for kernel, numbers in candidates.items() for x in numbers]
+    processes = max(1, (os.cpu_count() or 1) // 2)
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(functools.partial(compile_candidate, args), tiles))
+
+    bench = Bench(args)
+    q, _, v, _ = bench.tensors(COMPILE_LENGTH if not args.dry_run else args.length)
+    usual = streaming_tiles.tiles_for(q, v, softcap=0.0)._asdict()
+    found: dict[tuple[str, tuple[int, int]], list[tuple[float, Tile]]] = {}
+    for (kernel, tile), pattern in itertools.product(tiles, patterns):
+        if time.perf_counter() > stop:
+            print("out of time")
+            break
+        result = attempt(bench, kernel, tile, pattern, args.length, args.dry_run)
+        if isinstance(result, str):
+            print(f"{kernel} {tuple(tile)}: {result}")
+        else:
+            found.setdefault((kernel, pattern), []).append((result, tile))
+    for (kernel, pattern), results in found.items():
         name = "fwd" if kernel == "fwd" else "fwd_bwd"
-        found = []
-        # patterns share what is compiled for a candidate
-        for numbers, (s, w) in itertools.product(candidates[:n_candidates], patterns):
-            tile = Tile(*numbers)
-            tiles = usual._replace(**{kernel: tile})
-            streaming_ops.tiles_for = lambda *args, tiles=tiles: tiles
-            if time.perf_counter() > stop:
-                print("out of time")
-                break
-            try:
-                ms = measure_pass(name, bench.ours(s, w), tensors, dout)
-            except Exception as error:  # shared memory, or a tile triton cannot lay out
-                print(f"{kernel} {tuple(tile)}: {str(error).splitlines()[0][:90]}")
-                continue
-            found.append(((s, w), ms, tile))
-        for pattern in patterns:
-            in_use = getattr(usual, kernel)
-            print(f"{kernel}, (sink, window) {pattern}, {name}; in use {in_use}")
-            for _, ms, tile in sorted(x for x in found if x[0] == pattern)[:6]:
-                print(f"    {ms:8.3f} ms  {tile}", flush=True)
+        print(f"{kernel}, (sink, window) {pattern}, {name}; in use {usual[kernel]}")
+        for ms, tile in sorted(results)[:6]:
+            print(f"    {ms:8.3f} ms  {tile}", flush=True)
 
 
 if __name__ == "__main__":

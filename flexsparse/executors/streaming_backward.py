@@ -18,23 +18,10 @@ from flexsparse.executors.streaming_walk import (
     load_rows,
     row_offsets,
     rows_exist,
+    starts,
     store_rows,
     walk_keys,
 )
-
-
-@triton.jit(do_not_specialize=["n_rows"])
-def streaming_delta_kernel(
-    out_ptr, dout_ptr, dlse_ptr, delta_ptr, n_rows,
-    V_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Write delta = sum(out * dout) - dlse, what the softmax takes off every score's gradient."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    valid = row < n_rows
-    out = load_rows(out_ptr, row * V_DIM, valid, V_DIM, BLOCK_DV).to(tl.float32)
-    dout = load_rows(dout_ptr, row * V_DIM, valid, V_DIM, BLOCK_DV).to(tl.float32)
-    dlse = tl.load(dlse_ptr + row, mask=valid, other=0.0)
-    tl.store(delta_ptr + row, tl.sum(out * dout, 1) - dlse, mask=valid)
 
 
 @triton.jit
@@ -77,22 +64,26 @@ def dq_tile(
 
 @triton.jit
 def dq_rows(
-    q_ptr, dout_ptr, lse_ptr, delta_ptr, half, n_left, stride_qh, stride_qn, n_rows,
-    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_Q: tl.constexpr, PACK: tl.constexpr,
+    q_ptr, out_ptr, dout_ptr, lse_ptr, dlse_ptr, delta_ptr, half, n_left, stride_qh, stride_qn,
+    n_rows, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, BLOCK_Q: tl.constexpr, PACK: tl.constexpr,
 ):  # fmt: skip
-    """What dq_tile knows of a half's rows."""
-    q = load_half(q_ptr, half, n_left, stride_qh, stride_qn, HEAD_DIM, BLOCK_D, BLOCK_Q, PACK)
-    dout = load_half(dout_ptr, half, n_left, n_rows * V_DIM, V_DIM, V_DIM, BLOCK_DV, BLOCK_Q, PACK)
+    """What dq_tile knows of a half's rows; writes their delta for the kernel of dk and dv."""
     exist = rows_exist(half, n_left, BLOCK_Q, PACK)
     at = row_offsets(half, n_rows, 1, BLOCK_Q, PACK)
-    lse = load_lse(lse_ptr, at, exist)
-    return q, dout, lse, tl.load(delta_ptr + at, mask=exist, other=0.0)
+    dout = load_rows(dout_ptr, at * V_DIM, exist, V_DIM, BLOCK_DV)  # [ROWS, V_DIM]
+    out = load_rows(out_ptr, at * V_DIM, exist, V_DIM, BLOCK_DV).to(tl.float32)
+    dlse = tl.load(dlse_ptr + at, mask=exist, other=0.0)
+    # what the softmax takes off every score's gradient
+    delta = tl.sum(out * dout.to(tl.float32), 1) - dlse
+    tl.store(delta_ptr + at, delta, mask=exist)
+    q = load_half(q_ptr, half, n_left, stride_qh, stride_qn, HEAD_DIM, BLOCK_D, BLOCK_Q, PACK)
+    return q, dout, load_lse(lse_ptr, at, exist), delta
 
 
 @triton.jit(do_not_specialize=["q_len", "kv_len"])
 def streaming_dq_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, sink, window,
+    q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, lse_ptr, dlse_ptr, delta_ptr, dq_ptr, sink, window,
     q_offset, cu_seqlens_q, cu_seqlens_k, tiles,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn: tl.constexpr,
     stride_vb, stride_vh, stride_vn: tl.constexpr,
@@ -101,7 +92,7 @@ def streaming_dq_kernel(
     BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCK_SINK: tl.constexpr,
     PACK: tl.constexpr, HALVES: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """Write dq of HALVES * BLOCK_Q rows of PACK heads, by the forward kernel's walk over keys."""
+    """Write dq and delta of HALVES * BLOCK_Q rows of PACK heads, by the forward kernel's walk."""
     head0 = tl.program_id(1) * PACK
     batch = tl.program_id(2)
     n_rows = q_len.to(tl.int64)
@@ -112,22 +103,22 @@ def streaming_dq_kernel(
     n_left = q_len - row0
     if n_left <= 0:
         return
-    at = (q_start + row0).to(tl.int64)
-    batch64, head64, kv_head = batch.to(tl.int64), head0.to(tl.int64), head0 // group_size
-    q_ptr += batch64 * stride_qb + head64 * stride_qh + at * stride_qn
-    k_ptr += batch64 * stride_kb + kv_head.to(tl.int64) * stride_kh
-    v_ptr += batch64 * stride_vb + kv_head.to(tl.int64) * stride_vh
-    dense = (batch64 * n_heads + head64) * n_rows + at
+    q_ptr, k_ptr, v_ptr, dense = starts(
+        q_ptr, k_ptr, v_ptr, batch, head0, q_start + row0, n_heads, group_size, n_rows,
+        stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_vb, stride_vh,
+    )  # fmt: skip
+    out_ptr += dense * V_DIM
     dout_ptr += dense * V_DIM
     lse_ptr += dense
+    dlse_ptr += dense
     delta_ptr += dense
     dq_ptr += dense * HEAD_DIM
     rows = ()
     states = ()
     for half in tl.static_range(HALVES):
         half_rows = dq_rows(
-            q_ptr, dout_ptr, lse_ptr, delta_ptr, half, n_left, stride_qh, stride_qn, n_rows,
-            HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_Q, PACK,
+            q_ptr, out_ptr, dout_ptr, lse_ptr, dlse_ptr, delta_ptr, half, n_left, stride_qh,
+            stride_qn, n_rows, HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_Q, PACK,
         )  # fmt: skip
         rows += (half_rows,)
         states += (tl.zeros([PACK * BLOCK_Q, BLOCK_D], tl.float32),)
@@ -144,66 +135,63 @@ def streaming_dq_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["q_len", "kv_len", "n_chunks", "n_sink"])
-def streaming_dkdv_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, dk_part, dv_part,
-    sink, window, q_offset, cu_seqlens_q, cu_seqlens_k, tiles, first_chunk,
-    stride_qb, stride_qh, stride_qn: tl.constexpr, stride_kb, stride_kh, stride_kn,
-    stride_vb, stride_vh, stride_vn,
-    n_heads, n_kv_heads, group_size, q_len, kv_len, n_chunks, n_sink, chunk, qk_scale, cap, scale,
-    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
-    PARTIAL: tl.constexpr, SOFTCAP: tl.constexpr,
-):  # fmt: skip
-    """Write dk and dv of BLOCK_KV keys: a loop over the query rows of their heads that see them.
-
-    A window key is seen by w rows, a sink key by all later ones. To keep that from being one
-    program's work, rows are cut into chunks of `chunk` rows. PARTIAL launches sum one chunk each
-    (chunk 0 apart) for the first n_sink key tiles into dk_part, dv_part; the launch after it does
-    chunk 0 and the window, and adds the parts in their order: the same bits on every run. A sink
-    longer than n_sink tiles is still right: its further tiles walk all rows in one program.
-    """
-    batch = tl.program_id(2)
-    n_rows = q_len
-    n_keys = kv_len
-    kv_head = tl.program_id(1)
-    if PARTIAL:
-        kv_head = tl.program_id(1) // n_sink
-        chunk_id = tl.program_id(0)
-        seq, row_first, q_start, kv_start, q_len, kv_len, offset = locate(
-            chunk_id, batch, q_len, kv_len, q_offset, cu_seqlens_q, cu_seqlens_k, tiles, 1
-        )
-        if cu_seqlens_q is None:
-            row_first = (chunk_id + 1) * chunk
-            chunk_id += batch * n_chunks
-        kv0 = tl.program_id(1) % n_sink * BLOCK_KV
-        if row_first >= q_len:
-            return
-    else:
-        seq, kv0, q_start, kv_start, q_len, kv_len, offset = locate(
-            tl.program_id(0), batch, q_len, kv_len, q_offset, cu_seqlens_q, cu_seqlens_k, tiles,
-            BLOCK_KV,
-        )  # fmt: skip
-    if kv0 >= kv_len:
-        return
-    head0 = kv_head * group_size
+@triton.jit
+def group_range(sink, window, head0, group_size):
+    """The largest sink and window of the heads of a group."""
     s_max = 0
     w_max = 0
     for h in range(group_size):
         s_max = tl.maximum(s_max, tl.load(sink + head0 + h))
         w_max = tl.maximum(w_max, tl.minimum(tl.load(window + head0 + h), FAR))
+    return s_max, w_max
+
+
+@triton.jit(do_not_specialize=["q_len", "kv_len", "n_chunks", "n_sink"])
+def streaming_dkdv_kernel(
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, dk_part, dv_part,
+    sink, window, q_offset, cu_seqlens_q, cu_seqlens_k, tiles,
+    stride_qb, stride_qh, stride_qn: tl.constexpr, stride_kb, stride_kh, stride_kn,
+    stride_vb, stride_vh, stride_vn,
+    n_heads, n_kv_heads, group_size, q_len, kv_len, n_chunks, n_sink, chunk, qk_scale, cap, scale,
+    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """Write dk and dv of BLOCK_KV keys: a loop over the query rows of their heads that see them.
+
+    A window key is seen by w rows, a sink key by all later ones. To keep that from being one
+    program's work, the rows of the first n_sink tiles, where they hold a sink, are cut into chunks
+    of `chunk` rows: each is a program and writes its sums to dk_part and dv_part, which
+    streaming_sum_kernel adds. A sink longer than n_sink tiles is still right: its further tiles
+    walk all rows in one program.
+    """
+    n_pieces = n_chunks * n_sink
+    is_piece = tl.program_id(0) < n_pieces
+    # chunks, then tiles of keys
+    i = tl.program_id(0) - n_pieces + n_chunks
+    i = tl.where(is_piece, tl.program_id(0) // tl.maximum(n_sink, 1), i)
+    kv_head = tl.program_id(1)
+    batch = tl.program_id(2)
+    n_rows = q_len
+    n_keys = kv_len
+    _, start, q_start, kv_start, q_len, kv_len, offset = locate(
+        i, batch, q_len, kv_len, q_offset, cu_seqlens_q, cu_seqlens_k, tiles, 1
+    )
+    if cu_seqlens_q is None:
+        start = tl.where(is_piece, i * chunk, (i - n_chunks) * BLOCK_KV)
+    row_first = tl.where(is_piece, start, 0)
+    kv0 = tl.where(is_piece, tl.program_id(0) % tl.maximum(n_sink, 1) * BLOCK_KV, start)
+    if (row_first >= q_len) | (kv0 >= kv_len):
+        return
+    head0 = kv_head * group_size
+    s_max, w_max = group_range(sink, window, head0, group_size)
     in_sink = kv0 < s_max
-    if PARTIAL:  # noqa: SIM102 - decided when compiling, apart from the test below it
-        if kv0 >= s_max:
-            return
-    row_lo = tl.maximum(kv0 - offset, 0)
-    row_hi = tl.where(w_max > 0, kv0 + BLOCK_KV - 1 + w_max - offset, row_lo)
-    summed = in_sink & (kv0 < n_sink * BLOCK_KV)
-    row_hi = tl.where(in_sink, tl.where(summed, tl.maximum(row_hi, chunk), q_len), row_hi)
-    row_hi = tl.minimum(row_hi, q_len)
-    if PARTIAL:
-        row_lo = tl.maximum(row_first, tl.maximum(row_hi, row_lo))
-        row_hi = tl.minimum(row_first + chunk, q_len)
+    is_cut = in_sink & (kv0 < n_sink * BLOCK_KV) & (q_len > chunk)
+    if is_piece != is_cut:
+        return
+    row_lo = tl.maximum(kv0 - offset, row_first)
+    row_hi = tl.where(in_sink, q_len, kv0 + BLOCK_KV - 1 + w_max - offset)
+    row_hi = tl.where(in_sink | (w_max > 0), tl.minimum(row_hi, q_len), row_lo)
+    row_hi = tl.where(is_piece, tl.minimum(row_hi, row_first + chunk), row_hi)
 
     # offsets from the tile's first key, so that storing needs none of the registers of loading
     i_kv = tl.arange(0, BLOCK_KV)
@@ -216,22 +204,12 @@ def streaming_dkdv_kernel(
     q_ptr += batch64 * stride_qb
     k_ptr += batch64 * stride_kb + kv_head64 * stride_kh + at * stride_kn
     v_ptr += batch64 * stride_vb + kv_head64 * stride_vh + at * stride_vn
-    dk = tl.zeros([BLOCK_KV, BLOCK_D], tl.float32)
-    dv = tl.zeros([BLOCK_KV, BLOCK_DV], tl.float32)
-    part = kv_head64 * n_sink * BLOCK_KV + kv0  # a tile's place in a chunk's parts
-    part_size = n_sink.to(tl.int64) * n_kv_heads * BLOCK_KV
-    if not PARTIAL:
-        n_parts = tl.where(summed, tl.maximum((q_len + chunk - 1) // chunk - 1, 0), 0)
-        part0 = batch * n_chunks
-        if cu_seqlens_q is not None:
-            part0 = tl.load(first_chunk + seq)
-        # first, as their registers would spill beside keys and values, or after the loop
-        for c in range(n_parts):
-            at_part = (part0 + c) * part_size + part
-            dk += load_rows(dk_part + at_part * HEAD_DIM, i_kv * HEAD_DIM, valid, HEAD_DIM, BLOCK_D)
-            dv += load_rows(dv_part + at_part * V_DIM, i_kv * V_DIM, valid, V_DIM, BLOCK_DV)
     k = load_rows(k_ptr, i_kv * stride_kn, valid, HEAD_DIM, BLOCK_D)  # [BLOCK_KV, HEAD_DIM]
     v = load_rows(v_ptr, i_kv * stride_vn, valid, V_DIM, BLOCK_DV)  # [BLOCK_KV, V_DIM]
+    dk = tl.zeros([BLOCK_KV, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_KV, BLOCK_DV], tl.float32)
+    part = part_of(batch * n_chunks + i, kv_head, kv0, n_kv_heads, n_sink, BLOCK_KV)
+    at = tl.where(is_piece, part, at + (batch64 * n_kv_heads + kv_head) * n_keys)
 
     # heads and row tiles are one loop, so that loads are prefetched from one head to the next
     per_head = tl.maximum(row_hi - row_lo + BLOCK_Q - 1, 0) // BLOCK_Q
@@ -268,12 +246,64 @@ def streaming_dkdv_kernel(
         head += is_last.to(tl.int32)
         row0 = tl.where(is_last, row_lo, row0)
 
-    if PARTIAL:
-        at = chunk_id * part_size + part
-        dk_ptr = dk_part
-        dv_ptr = dv_part
+    if is_piece:
+        store_rows(dk_part + at * HEAD_DIM, i_kv * HEAD_DIM, valid, dk, HEAD_DIM, BLOCK_D)
+        store_rows(dv_part + at * V_DIM, i_kv * V_DIM, valid, dv, V_DIM, BLOCK_DV)
     else:
-        at += (batch64 * n_kv_heads + kv_head) * n_keys
-        dk *= scale
-    store_rows(dk_ptr + at * HEAD_DIM, i_kv * HEAD_DIM, valid, dk, HEAD_DIM, BLOCK_D)
-    store_rows(dv_ptr + at * V_DIM, i_kv * V_DIM, valid, dv, V_DIM, BLOCK_DV)
+        store_rows(dk_ptr + at * HEAD_DIM, i_kv * HEAD_DIM, valid, dk * scale, HEAD_DIM, BLOCK_D)
+        store_rows(dv_ptr + at * V_DIM, i_kv * V_DIM, valid, dv, V_DIM, BLOCK_DV)
+
+
+@triton.jit
+def part_of(chunk, kv_head, kv0, n_kv_heads, n_sink, BLOCK_KV: tl.constexpr):
+    """The row of dk_part and dv_part where a chunk's sum for the tile of keys at kv0 begins."""
+    return ((chunk.to(tl.int64) * n_kv_heads + kv_head) * n_sink) * BLOCK_KV + kv0
+
+
+@triton.jit
+def sum_parts(
+    part_ptr, out_ptr, part, part_size, n_parts, at, valid, factor,
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SUM: tl.constexpr,
+):  # fmt: skip
+    """Write the sum of the parts of some keys, in their order; they lie part_size rows apart."""
+    rows = tl.arange(0, BLOCK_SUM).to(tl.int64) * DIM
+    total = tl.zeros([BLOCK_SUM, BLOCK_D], tl.float32)
+    for _ in range(n_parts):
+        total += load_rows(part_ptr + part * DIM, rows, valid, DIM, BLOCK_D)
+        part += part_size
+    store_rows(out_ptr + at * DIM, rows, valid, total * factor, DIM, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=["q_len", "kv_len", "n_chunks", "n_sink"])
+def streaming_sum_kernel(
+    dk_part, dv_part, dk_ptr, dv_ptr, sink, window, cu_seqlens_q, cu_seqlens_k, first_chunk,
+    n_kv_heads, group_size, q_len, kv_len, n_chunks, n_sink, chunk, scale,
+    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_KV: tl.constexpr, BLOCK_SUM: tl.constexpr,
+):  # fmt: skip
+    """Write dk and dv of BLOCK_SUM keys of a tile whose rows were cut into chunks."""
+    seq = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    kv0 = tl.program_id(2) * BLOCK_SUM
+    batch = seq
+    first = seq * n_chunks
+    n_keys = kv_len
+    kv_start = 0
+    if cu_seqlens_q is not None:
+        batch = 0
+        first = tl.load(first_chunk + seq)
+        kv_start = tl.load(cu_seqlens_k + seq)
+        kv_len = tl.load(cu_seqlens_k + seq + 1) - kv_start
+        q_len = tl.load(cu_seqlens_q + seq + 1) - tl.load(cu_seqlens_q + seq)
+    s_max, _ = group_range(sink, window, kv_head * group_size, group_size)
+    if (kv0 >= kv_len) | (kv0 // BLOCK_KV * BLOCK_KV >= s_max) | (q_len <= chunk):
+        return
+    part = part_of(first, kv_head, kv0, n_kv_heads, n_sink, BLOCK_KV)
+    part_size = n_sink.to(tl.int64) * n_kv_heads * BLOCK_KV
+    n_parts = (q_len + chunk - 1) // chunk
+    valid = tl.arange(0, BLOCK_SUM) < kv_len - kv0
+    at = (tl.cast(batch, tl.int64) * n_kv_heads + kv_head) * n_keys + kv_start + kv0
+    sum_parts(
+        dk_part, dk_ptr, part, part_size, n_parts, at, valid, scale, HEAD_DIM, BLOCK_D, BLOCK_SUM
+    )
+    sum_parts(dv_part, dv_ptr, part, part_size, n_parts, at, valid, 1.0, V_DIM, BLOCK_DV, BLOCK_SUM)

@@ -16,6 +16,7 @@ from flexsparse.executors.streaming_walk import (
     load_half,
     row_offsets,
     rows_exist,
+    starts,
     store_rows,
     walk_keys,
 )
@@ -98,12 +99,10 @@ def streaming_fwd_kernel(
     n_left = q_len - row0
     if n_left <= 0:
         return
-    at = (q_start + row0).to(tl.int64)
-    batch64, head64, kv_head = batch.to(tl.int64), head0.to(tl.int64), head0 // group_size
-    q_ptr += batch64 * stride_qb + head64 * stride_qh + at * stride_qn
-    k_ptr += batch64 * stride_kb + kv_head.to(tl.int64) * stride_kh
-    v_ptr += batch64 * stride_vb + kv_head.to(tl.int64) * stride_vh
-    dense = (batch64 * n_heads + head64) * n_rows + at
+    q_ptr, k_ptr, v_ptr, dense = starts(
+        q_ptr, k_ptr, v_ptr, batch, head0, q_start + row0, n_heads, group_size, n_rows,
+        stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_vb, stride_vh,
+    )  # fmt: skip
     out_ptr += dense * V_DIM
     lse_ptr += dense
     rows = ()

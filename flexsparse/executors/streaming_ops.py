@@ -13,9 +13,9 @@ from torch import Tensor
 from flexsparse.executors import streaming_backward as backward
 from flexsparse.executors import streaming_forward as forward
 from flexsparse.executors.streaming_tiles import (
-    DELTA_TILE,
     MAX_SINK,
     SINK_TILE,
+    SUM_TILE,
     cdiv,
     dims,
     pack_of,
@@ -105,48 +105,44 @@ def streaming_backward(
     delta = torch.empty_like(lse)
     lengths = (q_offset, cu_seqlens_q, cu_seqlens_k)
     with torch.cuda.device_of(q):
-        backward.streaming_delta_kernel[(cdiv(lse.numel(), DELTA_TILE),)](
-            out, dout, dlse, delta, lse.numel(), V_DIM=shape["V_DIM"], BLOCK_DV=shape["BLOCK_DV"],
-            BLOCK=DELTA_TILE,
-        )  # fmt: skip
-
         tile = tiles.dq
         grid, table = row_grid(q, tile, pack, cu_seqlens_q)
         backward.streaming_dq_kernel[grid](
-            q, k, v, dout, lse, delta, dq, sink, window, *lengths, table, *strides(q, k, v),
-            n_heads, group_size, q_len, kv_len, *factors, **shape, BLOCK_Q=tile.rows // pack,
-            BLOCK_KV=tile.kv, BLOCK_SINK=SINK_TILE, PACK=pack, HALVES=tile.halves,
-            SOFTCAP=softcap > 0, num_warps=tile.warps, num_stages=tile.stages,
+            q, k, v, out, dout, lse, dlse, delta, dq, sink, window, *lengths, table,
+            *strides(q, k, v), n_heads, group_size, q_len, kv_len, *factors, **shape,
+            BLOCK_Q=tile.rows // pack, BLOCK_KV=tile.kv, BLOCK_SINK=SINK_TILE, PACK=pack,
+            HALVES=tile.halves, SOFTCAP=softcap > 0, num_warps=tile.warps,
+            num_stages=tile.stages,
         )  # fmt: skip
 
         tile = tiles.dkdv
         n_sink = cdiv(min(max_sink, MAX_SINK, kv_len), tile.kv)
         chunk = sink_chunk(q_len, n_sink * n_kv_heads * q.shape[0])
-        table = parts = firsts = None
+        table = firsts = None
+        n_seqs, n_chunks, n_tiles = q.shape[0], cdiv(q_len, chunk), cdiv(kv_len, tile.kv)
         if cu_seqlens_q is not None and cu_seqlens_k is not None:
-            parts, firsts = tile_table(cu_seqlens_q, q_len, chunk, skip=1)
-            table, _ = tile_table(cu_seqlens_k, kv_len, tile.kv)
-            n_chunks, n_tiles = parts.shape[0], table.shape[0]
-        else:
-            n_chunks, n_tiles = cdiv(q_len, chunk) - 1, cdiv(kv_len, tile.kv)
+            chunks, firsts = tile_table(cu_seqlens_q, q_len, chunk, several=True)
+            keys, _ = tile_table(cu_seqlens_k, kv_len, tile.kv)
+            table = torch.cat((chunks, keys))
+            n_seqs, n_chunks, n_tiles = firsts.numel(), chunks.shape[0], keys.shape[0]
+        if q_len <= chunk:
+            n_sink = 0
+        sizes = (n_kv_heads, group_size, q_len, kv_len, n_chunks, n_sink, chunk)
         part_shape = (q.shape[0] * n_chunks, n_kv_heads, n_sink * tile.kv)
-        dk_part, dv_part = (
+        parts = [
             torch.empty((*part_shape, x.shape[-1]), dtype=torch.float32, device=q.device)
             for x in (k, v)
-        )
-
-        def launch(grid: tuple[int, int, int], table: Tensor | None, partial: bool) -> None:
-            backward.streaming_dkdv_kernel[grid](
-                q, k, v, dout, lse, delta, dk, dv, dk_part, dv_part, sink, window, *lengths, table,
-                firsts, *strides(q, k, v), n_heads, n_kv_heads, group_size, q_len, kv_len,
-                n_chunks, n_sink, chunk, *factors, **shape, BLOCK_Q=tile.rows, BLOCK_KV=tile.kv,
-                PARTIAL=partial, SOFTCAP=softcap > 0, num_warps=tile.warps,
-                num_stages=tile.stages,
+        ]
+        backward.streaming_dkdv_kernel[(n_chunks * n_sink + n_tiles, n_kv_heads, q.shape[0])](
+            q, k, v, dout, lse, delta, dk, dv, *parts, sink, window, *lengths, table,
+            *strides(q, k, v), n_heads, *sizes, *factors, **shape, BLOCK_Q=tile.rows,
+            BLOCK_KV=tile.kv, SOFTCAP=softcap > 0, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+        if n_sink > 0:
+            backward.streaming_sum_kernel[(n_seqs, n_kv_heads, n_sink * tile.kv // SUM_TILE)](
+                *parts, dk, dv, sink, window, *lengths[1:], firsts, *sizes, scale, **shape,
+                BLOCK_KV=tile.kv, BLOCK_SUM=SUM_TILE, num_warps=4,
             )  # fmt: skip
-
-        if n_chunks > 0 and n_sink > 0:
-            launch((n_chunks, n_kv_heads * n_sink, q.shape[0]), parts, True)
-        launch((n_tiles, n_kv_heads, q.shape[0]), table, False)
     return dq, dk, dv
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 SINK_TILE = 16  # the narrowest tile tensor cores take, for short sinks
-DELTA_TILE = 64
+SUM_TILE = 16  # keys whose partial sums a program adds
 # partial sums of sink keys: about this many programs share them, whatever the device, so that the
 # order of the sums (and with it every bit of the gradients) depends on shapes alone
 SINK_PROGRAMS = 1024
@@ -51,8 +51,8 @@ TILES: dict[tuple[int, int], Tiles] = {
     (80, 128): _tiles((64, 32, 8, 3, 2), (32, 32, 4, 2, 2), (32, 64, 4, 2)),
     (80, 256): _tiles((64, 32, 4, 2, 1), (32, 32, 4, 2, 1), (32, 32, 4, 2)),
     (90, 64): _tiles((64, 64, 4, 3, 2), (64, 64, 4, 2, 2), (64, 64, 4, 3)),
-    (90, 128): _tiles((64, 64, 4, 2, 2), (64, 32, 4, 2, 2), (64, 128, 8, 2)),
-    (90, 256): _tiles((64, 32, 4, 2, 1), (128, 32, 8, 2, 1), (64, 32, 8, 2)),
+    (90, 128): _tiles((64, 64, 4, 2, 2), (64, 32, 4, 2, 2), (64, 64, 4, 2)),
+    (90, 256): _tiles((64, 32, 4, 2, 1), (128, 32, 8, 2, 1), (32, 64, 8, 2)),
     (100, 64): _tiles((64, 64, 4, 3, 2), (64, 64, 4, 2, 1), (32, 64, 4, 3)),
     (100, 128): _tiles((64, 64, 4, 2, 2), (64, 64, 4, 2, 1), (32, 64, 4, 2)),
     (100, 256): _tiles((64, 32, 8, 2, 1), (64, 32, 8, 2, 1), (32, 32, 8, 2)),
@@ -120,22 +120,26 @@ def strides(*tensors: Tensor) -> list[int]:
     return [stride for x in tensors for stride in x.stride()[:3]]
 
 
-def tile_table(cu_seqlens: Tensor, total: int, block: int, skip: int = 0) -> tuple[Tensor, Tensor]:
+def tile_table(
+    cu_seqlens: Tensor, total: int, block: int, several: bool = False
+) -> tuple[Tensor, Tensor]:
     """Tiles of packed sequences as (sequence, first row) pairs, and each sequence's first tile.
 
     Made on the device without a wait for it: as long as any lengths could need, the rest unused.
-    With skip=1 each sequence's first tile is left out.
+    With several=True only sequences of several tiles have any.
     """
     lengths = cu_seqlens.diff()
-    n_tiles = ((lengths + block - 1) // block - skip).clamp(min=0)
+    n_tiles = (lengths + block - 1) // block
+    if several:
+        n_tiles = torch.where(n_tiles > 1, n_tiles, 0)
     ends = n_tiles.cumsum(0, dtype=torch.int32)
     firsts = ends - n_tiles
-    bound = total // block + (0 if skip else lengths.numel())
+    bound = 2 * total // block if several else total // block + lengths.numel()
     i = torch.arange(bound, device=cu_seqlens.device, dtype=torch.int32)
     seq = torch.searchsorted(ends, i, right=True, out_int32=True)
     used = seq < lengths.numel()
     seq = seq.clamp(max=lengths.numel() - 1)
-    row = torch.where(used, (i - firsts[seq] + skip) * block, PADDING_ROW)
+    row = torch.where(used, (i - firsts[seq]) * block, PADDING_ROW)
     return torch.stack((seq, row), 1).to(torch.int32).contiguous(), firsts
 
 

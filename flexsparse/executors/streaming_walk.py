@@ -68,6 +68,25 @@ def cap_scores(qk, qk_scale, cap, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
+def starts(
+    q_ptr, k_ptr, v_ptr, batch, head, row, n_heads, group_size, n_rows,
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_vb, stride_vh,
+):  # fmt: skip
+    """Pointers to a row of q and to the keys and values of its head, and the row's number.
+
+    The number is its place among the rows of a contiguous [batch, n_heads, n_rows].
+    """
+    kv_head = (head // group_size).to(tl.int64)
+    batch = batch.to(tl.int64)
+    head = head.to(tl.int64)
+    row = row.to(tl.int64)
+    q_ptr += batch * stride_qb + head * stride_qh + row * stride_qn
+    k_ptr += batch * stride_kb + kv_head * stride_kh
+    v_ptr += batch * stride_vb + kv_head * stride_vh
+    return q_ptr, k_ptr, v_ptr, (batch * n_heads + head) * n_rows + row
+
+
+@triton.jit
 def row_offsets(half, stride_h, stride_n, BLOCK_Q: tl.constexpr, PACK: tl.constexpr):
     """Where the rows of a half lie [ROWS], from the program's first row of its first head."""
     r = tl.arange(0, PACK * BLOCK_Q)
@@ -169,37 +188,15 @@ def walk_keys(
     # a loop even if it has one tile: behind an `if`, ptxas serialises the wgmma of the others
     run = (0, (rest + BLOCK_SINK - 1) // BLOCK_SINK, sink_hi - rest, 0, sink_hi)
     states = walk_run(
-        step,
-        states,
-        rows,
-        mask,
-        bounds,
-        run,
-        keys,
-        qk_scale,
-        cap,
-        LAYOUT,
-        BLOCK_Q,
-        BLOCK_SINK,
-        SOFTCAP,
-    )
+        step, states, rows, mask, bounds, run, keys, qk_scale, cap,
+        LAYOUT, BLOCK_Q, BLOCK_SINK, SOFTCAP,
+    )  # fmt: skip
     if len(states) == 1:
         run = (n_sink, n_tiles, win_lo, sink_hi, kv_hi)
         return walk_run(
-            step,
-            states,
-            rows,
-            mask,
-            bounds,
-            run,
-            keys,
-            qk_scale,
-            cap,
-            LAYOUT,
-            BLOCK_Q,
-            BLOCK_KV,
-            SOFTCAP,
-        )
+            step, states, rows, mask, bounds, run, keys, qk_scale, cap,
+            LAYOUT, BLOCK_Q, BLOCK_KV, SOFTCAP,
+        )  # fmt: skip
     else:
         n_lower, n_seen = halve(walk, p_lo + BLOCK_Q, w_max, BLOCK_KV)
         run = (0, n_lower, win_lo, 0, kv_hi)
