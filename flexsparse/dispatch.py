@@ -69,7 +69,8 @@ def attend(
                 executor,
             )
             outs.append(out)
-            if lse is not None:
+            if modifiers.return_lse:
+                assert lse is not None
                 lses.append(lse)
             order.extend(heads)
     return _in_head_order(outs, order), _in_head_order(lses, order) if lses else None
@@ -123,10 +124,9 @@ def _run(
             k,
             v,
             *launch.sinks_and_windows(heads),
+            **launch.positions,
             scale=scale,
-            q_offset=launch.grid.q_offset,
             max_sink=max(sink for sink, _ in launch.streams),
-            return_lse=return_lse,
         )
     if name == "gather":
         return gather.run(q, k, v, launch.keys_seen, scale=scale), None

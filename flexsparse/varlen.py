@@ -197,12 +197,10 @@ class VarlenMask:
             steps = (block_size, block_size) if isinstance(block_size, int) else block_size
         self._q, self._kv = Pack(q_lens, steps[0], device), Pack(kv_lens, steps[1], device)
         self._tokens = PackedTokens(self._q, self._kv, q_offsets)
-        if isinstance(mask, PerHead):
-            mask = PerHead(tuple(map(self._tokens.packed, mask.distinct)), mask.which)
-        else:
-            mask = self._tokens.packed(mask)
+        masks = mask if isinstance(mask, PerHead) else PerHead((mask,), (0,) * n_heads)
         options |= {"batch": 1, "q_offset": 0}
-        self.compiled = compile_mask(mask, self._q.size, self._kv.size, **options)
+        packed = self._tokens.of_heads(masks)
+        self.compiled = compile_mask(packed, self._q.size, self._kv.size, **options)
 
     @property
     def is_stale(self) -> bool:
