@@ -319,7 +319,7 @@ BAD = [
     ({"cu_seqlens_q": torch.tensor([0, 4, 8])}, "cu_seqlens_q ends at 8 and q has 9 tokens"),
     ({"cu_seqlens_k": torch.tensor([0, 4, 8])}, "cu_seqlens_k ends at 8 and k has 9 tokens"),
     ({"cu_seqlens_k": torch.tensor([0, 9])}, "3 entries and cu_seqlens_k has 2"),
-    ({"cu_seqlens_q": torch.tensor([0.0, 9.0])}, "float32 .* must be a tensor int32"),
+    ({"cu_seqlens_q": torch.tensor([0.0, 9.0])}, "float32 .* must be an int32 or int64 tensor"),
     ({"cu_seqlens_q": [0, 4, 9]}, "cu_seqlens_q is list"),
     ({"cu_seqlens_q": torch.tensor([[0, 9]])}, r"\(1, 2\); it must be"),
     ({"q": torch.zeros(1, 9, 4, 16)}, r"q is \(1, 9, 4, 16\); it must be a tensor \[tokens"),
