@@ -8,7 +8,7 @@ import torch
 from pretend_cuda import pretend_cuda
 
 import flexsparse as fs
-from flexsparse.compat.block_sparse_attn import block_sparse_attn_func
+from flexsparse.compat.block_sparse_attn import block_sparse_attn_func, token_streaming_attn_func
 from flexsparse.executors import flash, flex, streaming
 from flexsparse.masks import block_sparse, causal, full, same_document, sink, strided, window
 from flexsparse.varlen import plan_varlen
@@ -229,6 +229,22 @@ def test_packed_windows_stay_with_flash_and_dense_heads_stream_by_themselves(cud
     ):
         plan = plan_varlen(mask, ends[0], kv_ends, n_heads=6, device="cuda")
         assert {x.heads: x.usual_executor for x in plan.compiled.launches} == expected
+
+
+def test_block_sparse_attentions_token_streaming_streams(cuda, monkeypatch):
+    host, tensors, _ = cuda
+    host, tensors = ([x[0].transpose(0, 1) for x in three] for three in (host, tensors))
+    with torch.device("cpu"):
+        ends = torch.tensor([0, 70, 200, N], dtype=torch.int32)
+        data = [ends, ends, torch.tensor([-1, 0, -1, 0]), torch.tensor([4, 40, 0, 0, 9, 5, 0, 0])]
+        q, k, v = host
+        # which leaves it to blockwise, so that nothing is compiled
+        expected = token_streaming_attn_func(q.requires_grad_(), k, v, *data, 130, 130).detach()
+    ran = []
+    monkeypatch.setattr(streaming, "run", lambda *x, **y: ran.append(x) or streaming_run(*x, **y))
+    moved = [x.to("cuda") for x in data]
+    close(token_streaming_attn_func(*tensors, *moved, 130, 130), expected)
+    assert sum(q.shape[1] for q, *_ in ran) == 4  # flash takes no float32, so dense heads too
 
 
 @pytest.fixture
