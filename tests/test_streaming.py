@@ -7,8 +7,10 @@ Memory is full of NaN beforehand (conftest.py), so that nothing left unwritten c
 
 import itertools
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -352,3 +354,17 @@ def test_a_compiled_mask_runs_its_heads_here():
     assert_close(mine, run(on_cpu, in_float64(tensors), return_lse=True, executor="reference"))
     with pytest.raises(ExecutorError, match="take neither score_mod nor dropout"):
         attend(q, k, v, dropout_p=0.1, executor="streaming")
+
+
+@here
+def test_the_lines_of_the_documentation_run():
+    page = (Path(__file__).parent.parent / "docs" / "streaming.md").read_text()
+    lines = "".join(re.findall("```python\n(.*?)```", page, re.DOTALL))
+    if INTERPRETED:
+        lines = lines.replace('"cuda"', '"cpu"').replace("bfloat16", "float16")
+        for large, small in (("4096", "64"), ("700", "40"), ("1000", "50"), ("512", "8")):
+            lines = lines.replace(large, small)
+    names = {}
+    exec(lines, names)
+    assert names["out"].shape == (2, 8, 1, 128)
+    assert names["out"].isfinite().all()
