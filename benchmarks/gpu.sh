@@ -16,7 +16,7 @@ mkdir -p "$out"
 # where pip cannot, the tree is laid out as it would be installed
 if ! python -m pip install --no-deps --no-build-isolation -q -e .; then
     tree=$(mktemp -d)
-    cp -r flexsparse tests benchmarks pyproject.toml "$tree" && cp -r masks "$tree/flexsparse/masks"
+    cp -r flexsparse tests benchmarks docs pyproject.toml "$tree" && cp -r masks "$tree/flexsparse/masks"
     cd "$tree" || exit 1
     export PYTHONPATH="$tree"
 fi

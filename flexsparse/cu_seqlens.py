@@ -28,7 +28,9 @@ def lengths(
         ):
             is_tensor = isinstance(ends, Tensor)
             found = f"{ends.dtype} {tuple(ends.shape)}" if is_tensor else type(ends).__name__
-            raise MaskError(f"{name} is {found}; it must be a tensor int32 [sequences + 1].")
+            raise MaskError(
+                f"{name} is {found}; it must be an int32 or int64 tensor [sequences + 1]."
+            )
     if len({len(ends) for ends in named.values()}) > 1:
         raise MaskError(
             f"cu_seqlens_q has {len(cu_seqlens_q)} entries and cu_seqlens_k has "

@@ -69,7 +69,8 @@ def attend(
                 executor,
             )
             outs.append(out)
-            if lse is not None:
+            if modifiers.return_lse:
+                assert lse is not None
                 lses.append(lse)
             order.extend(heads)
     return _in_head_order(outs, order), _in_head_order(lses, order) if lses else None
@@ -112,10 +113,10 @@ def _run(
     scale, score_mod, dropout, return_lse = modifiers
     name = _choose(launch, q, k, v, modifiers, executor)
     if name == "sdpa":
-        return sdpa.run(q, k, v, launch.mask, launch.grid, scale=scale), None
+        return sdpa.run(q, k, v, launch.mask, launch.grid, scale=scale)
     if name == "flash":
         assert launch.band is not None
-        return flash.run(q, k, v, launch.band, scale=scale), None
+        return flash.run(q, k, v, launch.band, scale=scale)
     if name == "streaming":
         assert launch.streams is not None
         return streaming.run(
@@ -123,13 +124,12 @@ def _run(
             k,
             v,
             *launch.sinks_and_windows(heads),
+            **launch.positions,
             scale=scale,
-            q_offset=launch.grid.q_offset,
             max_sink=max(sink for sink, _ in launch.streams),
-            return_lse=return_lse,
         )
     if name == "gather":
-        return gather.run(q, k, v, launch.keys_seen, scale=scale), None
+        return gather.run(q, k, v, launch.keys_seen, scale=scale)
     options: dict[str, Any] = {"scale": scale, "score_mod": score_mod, "dropout": dropout}
     if name == "reference":
         return reference.run(q, k, v, launch.mask_mod(heads), **options)

@@ -3,7 +3,8 @@
 Heads with the same mask share one set of blocks. Heads whose masks differ in numbers alone share a
 launch too, with blocks for each head, as long as the lists of blocks stay small: it fills the
 device where single heads would not, and reads q, k and v where they are. Masks for token streaming
-on CUDA always do, since they differ in numbers alone once they are in normal form.
+on CUDA always do, since they differ in numbers alone once they are in normal form. In packed
+sequences it is the mask inside each that is of such a form.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from flexsparse.expr import Mask, kv_idx, q_idx
 from flexsparse.heads import PerHead
 from flexsparse.launch import LARGE_GRID, Launch
 from flexsparse.normal_form import sink_and_window
+from flexsparse.packing import PackedHeads, PackedTokens
 from flexsparse.unify import structure, unify
 from flexsparse.validate import problem
 
@@ -34,9 +36,12 @@ def launches(masks: PerHead, grid: Grid, device: torch.device) -> tuple[Launch, 
     Raises:
         MaskError: a mask cannot be compiled for this grid and device.
     """
+    packed = masks if isinstance(masks, PackedHeads) and masks.tokens.fill(grid) else None
+    inside, tokens = (packed.inside, packed.tokens) if packed else (masks.distinct, None)
     groups: dict[Hashable, list[Launch]] = {}
     for i, mask in enumerate(masks.distinct):
-        launch = _launch(masks.heads_of(i), mask, grid, device)
+        streams = _streams(inside[i], grid, tokens)
+        launch = _launch(masks.heads_of(i), mask, grid, device, streams, tokens)
         groups.setdefault(_group(launch), []).append(launch)
     return tuple(
         launch
@@ -45,7 +50,14 @@ def launches(masks: PerHead, grid: Grid, device: torch.device) -> tuple[Launch, 
     )
 
 
-def _launch(heads: tuple[int, ...], mask: Mask, whole: Grid, device: torch.device) -> Launch:
+def _launch(
+    heads: tuple[int, ...],
+    mask: Mask,
+    whole: Grid,
+    device: torch.device,
+    streams: tuple[tuple[int, int]] | None,
+    tokens: PackedTokens | None,
+) -> Launch:
     """The heads that have one mask."""
     for variable, name, given in (("b", "batch", whole.batch), ("h", "n_heads", whole.heads)):
         if variable in mask.variables and not given:
@@ -59,21 +71,33 @@ def _launch(heads: tuple[int, ...], mask: Mask, whole: Grid, device: torch.devic
     reason = problem(mask, grid, device)
     if reason is not None:
         raise MaskError(reason)
-    stream = sink_and_window(mask)
-    if stream is not None:
-        sink, window = stream
-        # numbers past every key mean the same, and fit the kernels' int32
-        stream = min(sink, grid.kv_len), min(window, max(grid.q_offset + grid.q_len, 1))
-    streams = stream and (stream,)
     classes = classify(mask, grid)
-    return Launch(heads, mask, grid, device, lambda: classes, streams, flash.band(mask, grid))
+    band = flash.band(mask, grid)
+    return Launch(heads, mask, grid, device, lambda: classes, streams, band, tokens)
+
+
+def _streams(mask: Mask, grid: Grid, tokens: PackedTokens | None) -> tuple[tuple[int, int]] | None:
+    """The sink and the window of a mask of positions, if it is of these two."""
+    numbers = sink_and_window(mask)
+    if numbers is None:
+        return None
+    sink, window = numbers
+    # numbers past every key mean the same, and fit the kernels' int32
+    return ((min(sink, grid.kv_len), min(window, max(_last_position(grid, tokens) + 1, 1))),)
+
+
+def _last_position(grid: Grid, tokens: PackedTokens | None) -> int:
+    return grid.q_offset + grid.q_len - 1 if tokens is None else tokens.q_range[1]
 
 
 def _group(launch: Launch) -> Hashable:
     """What launches that can become one have in common."""
     executor = launch.usual_executor
     if executor == "streaming":
-        return executor
+        assert launch.streams is not None
+        # the kernels take some heads together, and then read the keys that any of them sees
+        is_dense = launch.streams[0][1] > _last_position(launch.grid, launch.tokens)
+        return executor, is_dense
     if executor in ("sdpa", "flash") or "h" in launch.mask.variables:
         return id(launch)
     return executor, structure(launch.mask)
@@ -100,9 +124,10 @@ def _unified(group: Sequence[Launch], whole: Grid) -> Launch:
             if launch.streams is not None:
                 streams[head] = launch.streams[0]
     heads = tuple(sorted(masks))
-    device = group[0].device
+    device, tokens = group[0].device, group[0].tokens
     if group[0].usual_executor == "streaming":
-        masks = {head: _streaming(*streams[head]) for head in heads}
+        of_numbers = {x: _streaming(*x, tokens) for x in dict.fromkeys(streams.values())}
+        masks = {head: of_numbers[streams[head]] for head in heads}
     mask = unify({head: masks[head] for head in heads}, device)
     names = list(dict.fromkeys(launch.mask.name for launch in group))
     batch = whole.batch if "b" in mask.variables else 1
@@ -111,9 +136,11 @@ def _unified(group: Sequence[Launch], whole: Grid) -> Launch:
     classes = BlockClasses.of_planes(
         grid, [(x.classes, [places[head] for head in x.heads]) for x in group]
     )
+    mask = mask.named(", ".join(names))
     of_each = tuple(streams[head] for head in heads) if len(streams) == len(heads) else None
-    return Launch(heads, mask.named(", ".join(names)), grid, device, lambda: classes, of_each)
+    return Launch(heads, mask, grid, device, lambda: classes, of_each, tokens=tokens)
 
 
-def _streaming(sink: int, window: int) -> Mask:
-    return (kv_idx <= q_idx) & ((kv_idx < sink) | (q_idx - kv_idx < window))
+def _streaming(sink: int, window: int, tokens: PackedTokens | None) -> Mask:
+    mask: Mask = (kv_idx <= q_idx) & ((kv_idx < sink) | (q_idx - kv_idx < window))
+    return mask if tokens is None else tokens.packed(mask)

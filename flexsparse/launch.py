@@ -21,6 +21,7 @@ from flexsparse.expr import Mask
 from flexsparse.hints import kernel_options
 from flexsparse.lower import Lowering, MaskMod, lowering
 from flexsparse.needed import needed
+from flexsparse.packing import PackedTokens
 from flexsparse.tensors import Opaque
 from flexsparse.validate import needs_int64
 
@@ -38,6 +39,8 @@ class Launch:
     find_classes: gives the class of every block of the grid
     streams: (sink, window) of each head, or of all, where the mask is `causal & (sink | window)`
     band: the mask as FlashAttention knows it, if it does
+    tokens: the packed sequences that the grid holds, each of which `streams` is in; None if it is
+        one sequence
     """
 
     heads: tuple[int, ...]
@@ -47,6 +50,7 @@ class Launch:
     find_classes: Callable[[], BlockClasses]
     streams: tuple[tuple[int, int], ...] | None = None
     band: flash.Band | None = None
+    tokens: PackedTokens | None = None
     _block_masks: dict[tuple[int, ...], CompactBlockMask] = field(default_factory=dict, init=False)
     _lowerings: dict[tuple[int, ...], Lowering] = field(default_factory=dict, init=False)
     _hints: dict[tuple[int, ...], dict[str, bool]] = field(default_factory=dict, init=False)
@@ -106,7 +110,9 @@ class Launch:
         yield (
             "streaming",
             no_streams
-            or streaming.unsupported(q, k, v, *self.sinks_and_windows(range(q.shape[1]))),
+            or streaming.unsupported(
+                q, k, v, *self.sinks_and_windows(range(q.shape[1])), **self.positions
+            ),
         )
         yield "gather", self._not_gathered(q.device, **asked)
         yield (
@@ -145,6 +151,9 @@ class Launch:
             grid=its_grid,
             find_classes=lambda: self.classes.of_row(row, its_grid),
             band=flash.band(self.mask, its_grid),
+            # one query is no sequence of its pack
+            streams=self.streams if self.tokens is None else None,
+            tokens=None,
         )
         launch._hints.update(self._hints)
         launch._numbers.update(self._numbers)
@@ -184,6 +193,11 @@ class Launch:
             pairs = torch.tensor(numbers, dtype=torch.int32, device=self.device)
             self._numbers[key] = (pairs[:, 0].contiguous(), pairs[:, 1].contiguous())
         return self._numbers[key]
+
+    @property
+    def positions(self) -> dict[str, Any]:
+        """Where the queries stand, as the arguments of `streaming_attention` that say so."""
+        return {"q_offset": self.grid.q_offset} if self.tokens is None else self.tokens.positions
 
     @functools.cached_property
     @cpu_by_default()

@@ -7,12 +7,15 @@ The analysis bounds these as any others, so blocks are proved without a look at 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from flexsparse.classify import Grid
 from flexsparse.dropout import ScoreMod
 from flexsparse.expr import Index, Mask, kv_idx, lookup, maximum, minimum, postorder, q_idx
+from flexsparse.heads import PerHead
 from flexsparse.lower import padded
 
 # Sequence numbers are multiples of it: padding of queries and of keys gets numbers between, so that
@@ -25,6 +28,7 @@ class Pack:
 
     starts: the place of each sequence's first token
     size: all places, tokens and padding
+    has_padding: whether some room is larger than its sequence
     """
 
     def __init__(self, lens: Sequence[int], step: int, device: torch.device) -> None:
@@ -34,7 +38,8 @@ class Pack:
         self.size = int(self.room.sum())
         self._device = device
         self._places = None
-        if self.size > sum(lens):
+        self.has_padding = self.size > sum(lens)
+        if self.has_padding:
             self._places = self._is_token().nonzero().flatten().to(device)
 
     def spread(self, tokens: Tensor) -> Tensor:
@@ -58,6 +63,12 @@ class Pack:
             return numbers
         return numbers.where(self._is_token().to(self._device), numbers + padding)
 
+    def cu_seqlens(self, with_padding: bool) -> Tensor:
+        """int32, where each sequence begins, and the end; with_padding, each one's padding too."""
+        begins = torch.stack([self.starts, self.starts + self.lens], 1)
+        begins = begins.flatten() if with_padding else self.starts
+        return torch.nn.functional.pad(begins, (0, 1), value=self.size).int().to(self._device)
+
     def _is_token(self) -> Tensor:
         ends = (self.starts + self.lens).repeat_interleave(self.room)
         return torch.arange(self.size) < ends
@@ -70,6 +81,8 @@ class PackedTokens:
         q: the pack of queries.
         kv: the pack of keys, of as many sequences.
         q_offsets: position of each sequence's first query.
+
+    positions: what tells `streaming_attention` where sequences begin, and their first queries stand
     """
 
     def __init__(self, q: Pack, kv: Pack, q_offsets: Sequence[int]) -> None:
@@ -85,6 +98,23 @@ class PackedTokens:
         self.kv_range = 0, int(kv.lens.max()) - 1
         # whether two tokens of a sequence are as far apart in the pack as they are in it
         self.keeps_distances = torch.equal(q_shifts, kv_shifts)
+        self._lengths = q.size, kv.size
+        # padding is to these kernels a sequence of its own, of which nobody reads the output
+        padded = q.has_padding or kv.has_padding
+        self.positions = {
+            "cu_seqlens_q": q.cu_seqlens(padded),
+            "cu_seqlens_k": kv.cu_seqlens(padded),
+            "q_offset": first.int().repeat_interleave(1 + padded).to(self.q_owner.device),
+        }
+
+    def fill(self, grid: Grid) -> bool:
+        """Whether a grid is that of the packs, and not of a part of them."""
+        return (grid.q_len, grid.kv_len) == self._lengths and grid.q_offset == 0
+
+    def of_heads(self, masks: PerHead) -> PackedHeads:
+        """The mask of each head as one of places in the packs."""
+        packed = tuple(map(self.packed, masks.distinct))
+        return PackedHeads(packed, masks.which, masks.distinct, self)
 
     def packed(self, mask: Mask) -> Mask:
         """The mask as one of places in the packs."""
@@ -134,6 +164,18 @@ class PackedTokens:
             return score_mod(score, owner // OWNER, h, q, kv)
 
         return of_places
+
+
+@dataclass(frozen=True, repr=False)
+class PackedHeads(PerHead):
+    """Masks of places in packs, which know what they are inside a sequence.
+
+    inside: `distinct` as masks of positions
+    tokens: what is in the packs
+    """
+
+    inside: tuple[Mask, ...] = field(compare=False)
+    tokens: PackedTokens = field(compare=False)
 
 
 def _reads_distance_alone(term: Mask) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -135,15 +135,33 @@ def plan_varlen(
         masks = mask.distinct if isinstance(mask, PerHead) else (mask,)
         own_blocks = any(table.tensor.dim() > 1 for x in masks for table in x.tables)
     return plan_of_lengths(
-        mask, q_lens, kv_lens, q_offsets, n_heads, device, block_size, own_blocks
+        PlanKey(mask, q_lens, kv_lens, q_offsets, n_heads, device, block_size, own_blocks)
     )
 
 
-def plan_of_lengths(*key: Any) -> VarlenMask:
-    """The VarlenMask of these arguments, from those that are kept or made now."""
+class PlanKey(NamedTuple):
+    """All that a VarlenMask is made of.
+
+    q_lens, kv_lens: the tokens of each sequence
+    q_offsets: the position of each sequence's first query
+    own_blocks: start each sequence in a block of its own
+    """
+
+    mask: Mask | PerHead
+    q_lens: tuple[int, ...]
+    kv_lens: tuple[int, ...]
+    q_offsets: tuple[int, ...]
+    n_heads: int
+    device: torch.device
+    block_size: int | tuple[int, int]
+    own_blocks: bool
+
+
+def plan_of_lengths(key: PlanKey) -> VarlenMask:
+    """The VarlenMask of a key, from those that are kept or made now."""
     plan = _plans.get(key)
     if plan is None or plan.is_stale:
-        plan = VarlenMask(*key)
+        plan = VarlenMask(key)
     _plans[key] = plan
     _plans.move_to_end(key)
     if len(_plans) > PLANS_KEPT:
@@ -151,7 +169,7 @@ def plan_of_lengths(*key: Any) -> VarlenMask:
     return plan
 
 
-_plans: OrderedDict[Any, VarlenMask] = OrderedDict()
+_plans: OrderedDict[PlanKey, VarlenMask] = OrderedDict()
 
 
 def refuse_unpacked(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -171,17 +189,8 @@ class VarlenMask:
     """
 
     @cpu_by_default()
-    def __init__(
-        self,
-        mask: Mask | PerHead,
-        q_lens: tuple[int, ...],
-        kv_lens: tuple[int, ...],
-        q_offsets: tuple[int, ...],
-        n_heads: int,
-        device: torch.device,
-        block_size: int | tuple[int, int],
-        own_blocks: bool,
-    ) -> None:
+    def __init__(self, key: PlanKey) -> None:
+        mask, q_lens, kv_lens, q_offsets, n_heads, device, block_size, own_blocks = key
         self.q_lens, self.kv_lens = q_lens, kv_lens
         self.is_batch = len({*zip(q_lens, kv_lens, q_offsets, strict=True)}) == 1
         self.compiled: CompiledMask | None = None
@@ -197,12 +206,10 @@ class VarlenMask:
             steps = (block_size, block_size) if isinstance(block_size, int) else block_size
         self._q, self._kv = Pack(q_lens, steps[0], device), Pack(kv_lens, steps[1], device)
         self._tokens = PackedTokens(self._q, self._kv, q_offsets)
-        if isinstance(mask, PerHead):
-            mask = PerHead(tuple(map(self._tokens.packed, mask.distinct)), mask.which)
-        else:
-            mask = self._tokens.packed(mask)
+        masks = mask if isinstance(mask, PerHead) else PerHead((mask,), (0,) * n_heads)
         options |= {"batch": 1, "q_offset": 0}
-        self.compiled = compile_mask(mask, self._q.size, self._kv.size, **options)
+        packed = self._tokens.of_heads(masks)
+        self.compiled = compile_mask(packed, self._q.size, self._kv.size, **options)
 
     @property
     def is_stale(self) -> bool:

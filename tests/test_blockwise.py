@@ -7,8 +7,8 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask
 
 from flexsparse.dropout import Dropout, is_kept
-from flexsparse.errors import ExecutorError, MaskError
-from flexsparse.executors import blockwise, modifiers, schedule
+from flexsparse.errors import MaskError
+from flexsparse.executors import blockwise, blockwise_schedule, blockwise_scores
 
 
 @pytest.fixture(autouse=True)
@@ -139,13 +139,13 @@ def reference_case(q_len=200, kv_len=300, block=(32, 64), heads=(4, 2), mask_mod
 
 
 def test_a_long_line_is_merged_piece_by_piece(monkeypatch):
-    monkeypatch.setattr(schedule, "LONGEST_PIECE", 64)
-    monkeypatch.setitem(modifiers.BUDGET, "cpu", 4096)
+    monkeypatch.setattr(blockwise_schedule, "LONGEST_PIECE", 64)
+    monkeypatch.setitem(blockwise_scores.BUDGET, "cpu", 4096)
     assert_agrees(*reference_case(300, 700, (32, 32)))
 
 
 def test_planes_are_taken_a_few_at_a_time(monkeypatch):
-    monkeypatch.setitem(modifiers.BUDGET, "cpu", 1)
+    monkeypatch.setitem(blockwise_scores.BUDGET, "cpu", 1)
     assert_agrees(*reference_case(90, 150, mask_mod=PER_HEAD))
 
 
@@ -178,10 +178,10 @@ def test_indices_are_raw_and_inside_the_lengths():
 
 def test_a_mask_mod_needs_not_broadcast():
     near = lambda b, h, q_idx, kv_idx: torch.stack([q_idx, kv_idx + 9]).amin() == q_idx  # noqa: E731
-    inputs, block_mask, _ = reference_case()
     plain = lambda b, h, q_idx, kv_idx: q_idx <= kv_idx + 9  # noqa: E731
-    expected = blockwise.run(*inputs, block_mask, mask_mod=plain)[0]
-    torch.testing.assert_close(blockwise.run(*inputs, block_mask, mask_mod=near)[0], expected)
+    inputs, block_mask, kept = reference_case(mask_mod=plain)
+    block_mask.mask_mod = near
+    assert_agrees(inputs, block_mask, kept)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -340,31 +340,6 @@ def test_dropout_drops_scores_as_a_score_mod():
     assert score.equal(torch.where(kept, 2.0, -math.inf))
 
 
-def wrong(**changes):
-    """Inputs that fit but for one."""
-    inputs, block_mask, _ = reference_case()
-    given = dict(zip("qkv", inputs, strict=True), block_mask=block_mask)
-    return {name: changes.get(name, lambda x: x)(x) for name, x in given.items()}
-
-
-MISTAKES = [
-    ({"q": lambda x: x[0]}, r"q has shape \[4, 200, 16\]; give \[batch, heads"),
-    ({"k": lambda x: x.float()}, "k is torch.float32 but q is torch.float64; cast"),
-    ({"v": lambda x: x[:1]}, "v has 1 batch rows but q has 2"),
-    ({"v": lambda x: x[:, :, :5]}, "only the last sizes may differ"),
-    ({"k": lambda x: x[..., :3]}, "q has head_dim 16 but k has 3"),
-    ({"q": lambda x: x[:, :3]}, "q has 3 heads and k has 2; n_heads must be a multiple"),
-    ({"q": lambda x: x[:, :, :100]}, "q has length 100 but block_mask was made for 200"),
-    ({"block_mask": lambda x: x[[0, 0, 0]]}, "block_mask has 3 batch rows and 1 heads but q has 2"),
-]
-
-
-@pytest.mark.parametrize(("changes", "text"), MISTAKES, ids=[x[1] for x in MISTAKES])
-def test_a_mistake_is_named(changes, text):
-    with pytest.raises(MaskError, match=text):
-        blockwise.run(**wrong(**changes))
-
-
 def test_a_whole_graph_is_refused_in_a_sentence():
     inputs, block_mask, _ = reference_case()
     run = torch.compile(blockwise.run, fullgraph=True, backend="eager")
@@ -379,11 +354,10 @@ def test_dropout_outside_its_range_is_refused(p):
 
 
 def test_what_cannot_run_says_why():
-    cannot = wrong(q=torch.Tensor.long, k=torch.Tensor.long, v=torch.Tensor.long)
-    with pytest.raises(ExecutorError, match=r'executor="blockwise" .*q is torch.int64; it takes'):
-        blockwise.run(**cannot)
-    fine = wrong()
-    assert blockwise.unsupported(fine["q"], fine["k"], fine["v"], (128, 128)) is None
+    (q, k, v), block_mask, _ = reference_case()
+    assert blockwise.unsupported(q, k, v, block_mask.BLOCK_SIZE) is None
+    q = q.long()
+    assert "q is torch.int64; it takes" in blockwise.unsupported(q, k, v, (128, 128))
     big = torch.empty(1, 1, 1 << 13, 8, device="cpu")
     reason = blockwise.unsupported(big, big, big, (1 << 30, 1 << 30))
     assert "compile the mask with block_size=128" in reason

@@ -91,7 +91,7 @@ def test_full_and_causal_heads_go_to_sdpa(mask, q_len, kv_len):
 
 def test_sdpa_refuses_what_it_cannot_align():
     q, k, v = inputs(100, 300)
-    with pytest.raises(ExecutorError, match="neither full nor causal"):
+    with pytest.raises(ExecutorError, match="takes full masks, and causal ones"):
         compile_mask(causal, 100, 300)(q, k, v, executor="sdpa")
 
 

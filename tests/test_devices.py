@@ -8,9 +8,10 @@ import torch
 from pretend_cuda import pretend_cuda
 
 import flexsparse as fs
-from flexsparse.compat.block_sparse_attn import block_sparse_attn_func
+from flexsparse.compat.block_sparse_attn import block_sparse_attn_func, token_streaming_attn_func
 from flexsparse.executors import flash, flex, streaming
 from flexsparse.masks import block_sparse, causal, full, same_document, sink, strided, window
+from flexsparse.varlen import plan_varlen
 
 matplotlib.use("Agg")
 N = 300
@@ -175,6 +176,75 @@ def test_packed_sequences(cuda):
             *tensors, ends.to("cuda"), mask=causal & window(50), executor="blockwise", **options
         )
         close(mine, expected)
+
+
+def streaming_run(q, k, v, sink, window, *, cu_seqlens_q, cu_seqlens_k, q_offset, scale, max_sink):
+    """What the streaming kernels compute, sequence by sequence."""
+    assert q.is_cuda
+    assert all(x.is_cuda for x in (sink, window, cu_seqlens_q, cu_seqlens_k, q_offset))
+    out, lse = torch.full_like(q, torch.nan), torch.full_like(q[..., 0], -torch.inf)
+    q_ends, kv_ends, firsts = (x.tolist() for x in (cu_seqlens_q, cu_seqlens_k, q_offset))
+    s, w = sink[:, None, None], window[:, None, None]
+    for i, first in enumerate(firsts):
+        rows, keys = slice(*q_ends[i : i + 2]), slice(*kv_ends[i : i + 2])
+        k_i, v_i = (x[0, :, keys].repeat_interleave(q.shape[1] // k.shape[1], 0) for x in (k, v))
+        scores = q[0, :, rows] @ k_i.mT * k.shape[-1] ** -0.5
+        kv = torch.arange(scores.shape[2], device="cuda")
+        p = torch.arange(scores.shape[1], device="cuda")[:, None] + first
+        scores = scores.masked_fill(~((kv <= p) & ((kv < s) | (p - kv < w))), -torch.inf)
+        lse[0, :, rows] = scores.logsumexp(-1)
+        out[0, :, rows] = scores.softmax(-1).nan_to_num(0) @ v_i
+    return out, lse
+
+
+@pytest.mark.parametrize("kv_ends", [[0, 70, 200, N], [0, 100, 190, N]])
+@pytest.mark.parametrize("options", [{}, {"own_blocks": True}, {"q_offset": [5, -3, 40]}], ids=str)
+def test_packed_sequences_stream(cuda, monkeypatch, kv_ends, options):
+    host, tensors, _ = cuda
+    host, tensors = ([x[0].transpose(0, 1) for x in three] for three in (host, tensors))
+    ends = [torch.tensor(x, device="cpu") for x in ([0, 70, 200, N], kv_ends)]
+    streams = [causal & (sink(4) | window(40)), causal & sink(3), causal & (sink(9) | window(5))]
+    mask = fs.per_head([*streams[:2], causal & strided(3), streams[2]])
+    plan = plan_varlen(mask, *ends, n_heads=4, device="cuda", **options)
+    executors = {x.heads: x.usual_executor for x in plan.compiled.launches}
+    assert executors == {(0, 1, 3): "streaming", (2,): "flex"}
+    assert "streaming" in str(plan)
+    monkeypatch.setattr(streaming, "run", streaming_run)
+    monkeypatch.setattr(flex, "unsupported", lambda *_, **__: "the device is pretended")
+    mine = fs.varlen(*tensors, *ends, mask, return_lse=True, **options)
+    planned = fs.varlen(*tensors, *ends, mask, return_lse=True, executor="reference", **options)
+    with torch.device("cpu"):
+        true = fs.varlen(*host, *ends, mask, return_lse=True, executor="reference", **options)
+    for a, b, c in zip(mine, planned, true, strict=True):
+        close(a, c)
+        close(b, c)
+
+
+def test_packed_windows_stay_with_flash_and_dense_heads_stream_by_themselves(cuda):
+    ends = [torch.tensor(x, device="cpu") for x in ([0, 70, 200, N], [0, 100, 190, N])]
+    mask = fs.per_head([causal & window(9), causal, causal & (sink(4) | window(40))] * 2)
+    for kv_ends, expected in (
+        (ends[0], {(0, 3): "flash", (1, 4): "flash", (2, 5): "streaming"}),
+        (ends[1], {(0, 2, 3, 5): "streaming", (1, 4): "streaming"}),
+    ):
+        plan = plan_varlen(mask, ends[0], kv_ends, n_heads=6, device="cuda")
+        assert {x.heads: x.usual_executor for x in plan.compiled.launches} == expected
+
+
+def test_block_sparse_attentions_token_streaming_streams(cuda, monkeypatch):
+    host, tensors, _ = cuda
+    host, tensors = ([x[0].transpose(0, 1) for x in three] for three in (host, tensors))
+    with torch.device("cpu"):
+        ends = torch.tensor([0, 70, 200, N], dtype=torch.int32)
+        data = [ends, ends, torch.tensor([-1, 0, -1, 0]), torch.tensor([4, 40, 0, 0, 9, 5, 0, 0])]
+        q, k, v = host
+        # which leaves it to blockwise, so that nothing is compiled
+        expected = token_streaming_attn_func(q.requires_grad_(), k, v, *data, 130, 130).detach()
+    ran = []
+    monkeypatch.setattr(streaming, "run", lambda *x, **y: ran.append(x) or streaming_run(*x, **y))
+    moved = [x.to("cuda") for x in data]
+    close(token_streaming_attn_func(*tensors, *moved, 130, 130), expected)
+    assert sum(q.shape[1] for q, *_ in ran) == 4  # flash takes no float32, so dense heads too
 
 
 @pytest.fixture

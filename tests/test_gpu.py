@@ -19,6 +19,7 @@ from flexsparse import kv_idx, q_idx
 from flexsparse.dropout import is_kept
 from flexsparse.executors import streaming
 from flexsparse.masks import causal, full, packed, same_document, sink, strided, window
+from flexsparse.varlen import plan_varlen
 
 DRY_RUN = os.environ.get("FLEXSPARSE_DRY_RUN") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not DRY_RUN else "cpu"
@@ -173,6 +174,32 @@ def test_heads_of_many_kinds_run_together(default):
             assert used == {"sdpa", "flash", "streaming", "flex"}
         out = attend(*tensors)
     check(out, None, tensors, dense(MIXED, (N, N)))
+
+
+PACKED_MIXED = [STREAMING, causal & (sink(9) | window(5)), causal & window(33), causal & strided(3)]
+
+
+@pytest.mark.parametrize(
+    ("kv_lens", "return_lse", "executors"),
+    [
+        ([70, 1, 129, 100], False, {"streaming", "flash", "flex"}),
+        ([90, 30, 200, 100], True, {"streaming", "flex"}),
+    ],
+)
+def test_heads_of_packed_sequences_run_together(kv_lens, return_lse, executors):
+    q_lens, kv_ends = ENDS.diff().tolist(), torch.tensor([0, *kv_lens]).cumsum(0)
+    if not DRY_RUN:
+        plan = plan_varlen(fs.per_head(PACKED_MIXED), ENDS, kv_ends.to(DEVICE), n_heads=4)
+        assert {launch.usual_executor for launch in plan.compiled.launches} == executors
+    tensors = inputs((4, 2), (N, sum(kv_lens)))
+    out = fs.varlen(
+        *(x[0].transpose(0, 1) for x in tensors),
+        ENDS, kv_ends, fs.per_head(PACKED_MIXED), return_lse=return_lse,
+    )  # fmt: skip
+    out, lse = (out[0], out[1][None]) if return_lse else (out, None)
+    alone = zip(*(dense(PACKED_MIXED, x) for x in zip(q_lens, kv_lens, strict=True)), strict=True)
+    kept = torch.stack([torch.block_diag(*of_head).bool() for of_head in alone])
+    check(out.transpose(0, 1)[None], lse, tensors, kept)
 
 
 def test_a_model_with_heads_of_many_kinds_is_one_graph():

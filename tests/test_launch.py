@@ -150,7 +150,7 @@ def test_a_band_runs_as_varlen_attn(monkeypatch, mask, where, expected):
         return
     monkeypatch.setattr(flash, "_varlen_attn", lambda: dense_varlen_attn)
     q, k, v = inputs(4, 2, where.q_len, where.kv_len)
-    out = flash.run(q, k, v, flash.band(mask, where), scale=0.3)
+    out, _ = flash.run(q, k, v, flash.band(mask, where), scale=0.3)
     attend = compile_mask(mask, where.q_len, where.kv_len)
     torch.testing.assert_close(out, attend(q, k, v, scale=0.3, executor="reference"))
 

@@ -7,8 +7,11 @@ Memory is full of NaN beforehand (conftest.py), so that nothing left unwritten c
 
 import itertools
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -30,6 +33,7 @@ from streaming_oracle import (
 import flexsparse as fs
 from flexsparse import masks
 from flexsparse.errors import ExecutorError
+from flexsparse.executors import streaming
 from flexsparse.executors.streaming import streaming_attention
 
 pytest.importorskip("triton", reason="the streaming kernels are written in Triton")
@@ -189,6 +193,50 @@ def test_packed_sequences_equal_each_alone(monkeypatch, q_lens, kv_lens):
     assert_close(mine, run(alone, in_float64(tensors), sink, window))
 
 
+PACKED = [  # lengths of q and of k, and options of varlen
+    ((40, 1, 0, 23), None, {}),
+    ((33, 20), (50, 24), {}),
+    ((40, 7), (9, 30), {}),  # the first rows of a sequence are empty
+    ((17, 20), (40, 30), {"q_offset": [3, 20]}),
+    ((33, 20, 5), (50, 24, 0), {"own_blocks": True, "block_size": 16}),
+]
+
+
+def packed(tensors, q_ends, kv_ends, heads, **options):
+    """out, lse and gradients of fs.varlen, of q, k and v with a batch row."""
+
+    def attend(q, k, v):
+        tokens = (x[0].transpose(0, 1) for x in (q, k, v))
+        out, lse = fs.varlen(
+            *tokens, q_ends, kv_ends, fs.per_head(heads), return_lse=True, **options
+        )
+        return out.transpose(0, 1), lse
+
+    return run(attend, tensors)
+
+
+@here
+@pytest.mark.parametrize(("q_lens", "kv_lens", "options"), PACKED)
+def test_varlen_runs_the_heads_of_packed_sequences_here(q_lens, kv_lens, options):
+    ends = [torch.tensor([0, *n]).cumsum(0) for n in (q_lens, kv_lens or q_lens)]
+    heads = [masks.token_streaming(*n) for n in ((4, 9), (0, 17))]
+    heads += [masks.causal & masks.sink(3), masks.causal]
+    tensors = inputs(int(ends[0][-1]), int(ends[1][-1]), 4, 2, 32, 32)
+    mine = packed(tensors, *ends, heads, executor="streaming", **options)
+    assert_close(mine, packed(in_float64(tensors), *ends, heads, executor="reference", **options))
+
+
+@here
+def test_packed_heads_of_other_forms_run_elsewhere_beside_them():
+    ends = torch.tensor([0, 40, 63])
+    heads = [masks.token_streaming(4, 9), fs.everything] * 2
+    tensors = inputs(63, 63, 4, 2, 32, 32)
+    with mock.patch.object(streaming, "run", wraps=streaming.run) as kernels:
+        mine = packed(tensors, ends, ends, heads)
+    assert sum(x.args[0].shape[1] for x in kernels.mock_calls) == 2
+    assert_close(mine, packed(in_float64(tensors), ends, ends, heads, executor="reference"))
+
+
 @here
 @pytest.mark.parametrize("q_len", [1, 3])
 @pytest.mark.parametrize(
@@ -306,3 +354,17 @@ def test_a_compiled_mask_runs_its_heads_here():
     assert_close(mine, run(on_cpu, in_float64(tensors), return_lse=True, executor="reference"))
     with pytest.raises(ExecutorError, match="take neither score_mod nor dropout"):
         attend(q, k, v, dropout_p=0.1, executor="streaming")
+
+
+@here
+def test_the_lines_of_the_documentation_run():
+    page = (Path(__file__).parent.parent / "docs" / "streaming.md").read_text()
+    lines = "".join(re.findall("```python\n(.*?)```", page, re.DOTALL))
+    if INTERPRETED:
+        lines = lines.replace('"cuda"', '"cpu"').replace("bfloat16", "float16")
+        for large, small in (("4096", "64"), ("700", "40"), ("1000", "50"), ("512", "8")):
+            lines = lines.replace(large, small)
+    names = {}
+    exec(lines, names)
+    assert names["out"].shape == (2, 8, 1, 128)
+    assert names["out"].isfinite().all()

@@ -1,6 +1,7 @@
 """varlen: each packed sequence gets what it would get alone."""
 
 import math
+import pickle
 
 import pytest
 import torch
@@ -184,6 +185,22 @@ def test_windows_of_packed_documents_are_what_flash_attention_takes():
     assert torch.equal(band.cu_seqlens, ends([300, 70, 129]))
 
 
+def test_streams_of_packed_sequences_are_of_all_of_them_alone():
+    ends_q, ends_kv = ends([30, 20]), ends([40, 20])
+    plan = plan_varlen(causal & (sink(3) | window(9)), ends_q, ends_kv, n_heads=2)
+    compiled = pickle.loads(pickle.dumps(plan.compiled))
+    (launch,) = compiled.launches
+    assert launch.streams == ((3, 9),)
+    assert {name: x.tolist() for name, x in launch.positions.items()} == {
+        "cu_seqlens_q": [0, 30, 50],
+        "cu_seqlens_k": [0, 40, 60],
+        "q_offset": [10, 0],
+    }
+    for part in (compiled.at(20, 60, 0), compiled.row(3)):
+        assert part.launches[0].streams is None
+        assert part.launches[0].positions == {"q_offset": part.q_offset}
+
+
 def test_no_block_where_sequences_meet_is_evaluated_element_by_element():
     mask = causal & (sink(3) | window(20))
     plan = plan_varlen(mask, ends([8000, 700, 5123, 60, 9000]), n_heads=1)
@@ -302,7 +319,7 @@ BAD = [
     ({"cu_seqlens_q": torch.tensor([0, 4, 8])}, "cu_seqlens_q ends at 8 and q has 9 tokens"),
     ({"cu_seqlens_k": torch.tensor([0, 4, 8])}, "cu_seqlens_k ends at 8 and k has 9 tokens"),
     ({"cu_seqlens_k": torch.tensor([0, 9])}, "3 entries and cu_seqlens_k has 2"),
-    ({"cu_seqlens_q": torch.tensor([0.0, 9.0])}, "float32 .* must be a tensor int32"),
+    ({"cu_seqlens_q": torch.tensor([0.0, 9.0])}, "float32 .* must be an int32 or int64 tensor"),
     ({"cu_seqlens_q": [0, 4, 9]}, "cu_seqlens_q is list"),
     ({"cu_seqlens_q": torch.tensor([[0, 9]])}, r"\(1, 2\); it must be"),
     ({"q": torch.zeros(1, 9, 4, 16)}, r"q is \(1, 9, 4, 16\); it must be a tensor \[tokens"),

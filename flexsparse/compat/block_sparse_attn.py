@@ -38,7 +38,7 @@ from flexsparse.compat.block_sparse_attn_heads import (
 )
 from flexsparse.cu_seqlens import first_positions, lengths
 from flexsparse.dropout import fresh_seed
-from flexsparse.varlen import VarlenMask, plan_of_lengths, refuse_unpacked
+from flexsparse.varlen import PlanKey, VarlenMask, plan_of_lengths, refuse_unpacked
 
 __all__ = ["block_sparse_attn_func", "block_streaming_attn_func", "token_streaming_attn_func"]
 
@@ -232,7 +232,9 @@ def _attend(
     )
     in_blocks = BLOCK_SPARSE in types or (STREAMING in types and not exact_streaming)
     positions = first_positions(None, sizes.q, sizes.kv)
-    plan = plan_of_lengths(mask, sizes.q, sizes.kv, positions, n_heads, device, 128, in_blocks)
+    plan = plan_of_lengths(
+        PlanKey(mask, sizes.q, sizes.kv, positions, n_heads, device, 128, in_blocks)
+    )
     seed = fresh_seed() if p_dropout else None
     result = plan(
         *qkv,

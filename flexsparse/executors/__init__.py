@@ -1,1 +1,8 @@
-"""What runs a launch. Every executor has the signature of `reference`, which defines the result."""
+"""What runs a launch: each module computes attention in its own way, and `reference` defines it.
+
+run(q, k, v, ...) -> (out, lse). Its other arguments are the mask in terms of its own. lse may be
+None where nobody asked for it.
+
+unsupported(...) -> why it cannot run a call, as the end of a sentence, or None. `run` trusts that
+it was asked; `reference` runs every call and has none.
+"""

@@ -22,9 +22,8 @@ from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask, noop_mask
 
 from flexsparse.dropout import Dropout
-from flexsparse.errors import ExecutorError, MaskError
-from flexsparse.executors.modifiers import LOG2_E, LOWEST, Call, captured_by
-from flexsparse.executors.schedule import Sizes
+from flexsparse.executors.blockwise_schedule import Sizes
+from flexsparse.executors.blockwise_scores import LOG2_E, LOWEST, Call, captured_by
 
 Mod = Callable[..., Tensor]
 
@@ -41,7 +40,6 @@ def run(
     v: Tensor,
     block_mask: BlockMask,
     *,
-    mask_mod: Mod | None = None,
     scale: float | None = None,
     score_mod: Mod | None = None,
     dropout: Dropout | None = None,
@@ -53,8 +51,8 @@ def run(
         q: [B, n_heads, q_len, D].
         k: [B, n_kv_heads, kv_len, D]; query head h reads kv head h // (n_heads / n_kv_heads).
         v: [B, n_kv_heads, kv_len, Dv].
-        block_mask: lists for B or 1 batch rows and n_heads or 1 heads.
-        mask_mod: what is kept inside PARTIAL blocks, of raw indices; block_mask's by default.
+        block_mask: lists for B or 1 batch rows and n_heads or 1 heads, and a mask_mod of raw
+            indices, which says what is kept inside PARTIAL blocks.
         scale: of the scores; 1 / sqrt(D) by default.
         score_mod: as in FlexAttention; tensors that it captures receive gradients too.
         dropout: of the weights.
@@ -63,11 +61,6 @@ def run(
     """
     if torch.compiler.is_compiling():
         torch._dynamo.graph_break(msg=NO_GRAPH)
-    refuse_mistakes(q, k, v, block_mask)
-    reason = unsupported(q, k, v, block_mask.BLOCK_SIZE)
-    if reason is not None:
-        raise ExecutorError(f'executor="blockwise" cannot run this call: {reason}.')
-    mask_mod = block_mask.mask_mod if mask_mod is None else mask_mod
     lengths = zip(block_mask.BLOCK_SIZE, (q.shape[2], k.shape[2]), strict=True)
     block_q, block_kv = (min(block, max(length, 1)) for block, length in lengths)
     call = Call(
@@ -83,7 +76,7 @@ def run(
             mask_heads=block_mask.kv_num_blocks.shape[1],
         ),
         scale=q.shape[3] ** -0.5 if scale is None else scale,
-        mask_mod=None if mask_mod is noop_mask else mask_mod,
+        mask_mod=None if block_mask.mask_mod is noop_mask else block_mask.mask_mod,
         score_mod=score_mod,
         dropout=dropout,
     )
@@ -109,48 +102,6 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, block_size: tuple[int, int]) ->
             f"{LARGEST_BLOCK} it holds at once; compile the mask with block_size=128"
         )
     return None
-
-
-def refuse_mistakes(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask) -> None:
-    """Raise MaskError unless q, k, v and block_mask fit each other."""
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dim() != 4:
-            raise MaskError(f"{name} has shape {list(x.shape)}; give [batch, heads, length, D].")
-        if x.dtype != q.dtype:
-            raise MaskError(f"{name} is {x.dtype} but q is {q.dtype}; cast them to one dtype.")
-        if x.device != q.device:
-            raise MaskError(f"{name} is on {x.device} but q is on {q.device}; move it there.")
-        if x.shape[0] != q.shape[0]:
-            raise MaskError(
-                f"{name} has {x.shape[0]} batch rows but q has {q.shape[0]}; expand it."
-            )
-    if k.shape[:3] != v.shape[:3]:
-        raise MaskError(
-            f"k is {list(k.shape)} and v {list(v.shape)}; only the last sizes may differ."
-        )
-    if q.shape[3] != k.shape[3]:
-        raise MaskError(f"q has head_dim {q.shape[3]} but k has {k.shape[3]}; they must be equal.")
-    if not k.shape[1] or q.shape[1] % k.shape[1]:
-        raise MaskError(
-            f"q has {q.shape[1]} heads and k has {k.shape[1]}; n_heads must be a multiple of "
-            "n_kv_heads."
-        )
-    lists = block_mask.kv_num_blocks
-    if lists.device != q.device:
-        raise MaskError(f"block_mask is on {lists.device} but q is on {q.device}; move it there.")
-    if lists.shape[0] not in (1, q.shape[0]) or lists.shape[1] not in (1, q.shape[1]):
-        raise MaskError(
-            f"block_mask has {lists.shape[0]} batch rows and {lists.shape[1]} heads but q has "
-            f"{q.shape[0]} and {q.shape[1]}; each must be equal or 1."
-        )
-    for name, length, mask_len, block in zip(
-        "qk", (q.shape[2], k.shape[2]), block_mask.seq_lengths, block_mask.BLOCK_SIZE, strict=True
-    ):
-        if -(-length // block) != -(-mask_len // block):
-            raise MaskError(
-                f"{name} has length {length} but block_mask was made for {mask_len}; make it again "
-                f"for {length}."
-            )
 
 
 class _Scratch:

@@ -136,8 +136,10 @@ def missing() -> str | None:
     return None
 
 
-def run(q: Tensor, k: Tensor, v: Tensor, mask: Band, *, scale: float | None = None) -> Tensor:
-    """Attention under a band: [B, n_heads, q_len, Dv]."""
+def run(
+    q: Tensor, k: Tensor, v: Tensor, mask: Band, *, scale: float | None = None
+) -> tuple[Tensor, None]:
+    """Attention under a band: out [B, n_heads, q_len, Dv], and no LSE."""
     batch, _, q_len, _ = q.shape
     cu_q, cu_k = (_starts(mask, batch, x.shape[2], q.device) for x in (q, k))
     gqa = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
@@ -153,7 +155,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, mask: Band, *, scale: float | None = No
         window_size=(mask.left, mask.right),
         **gqa,
     )
-    return out.unflatten(0, (batch, q_len)).transpose(1, 2)  # type: ignore[no-any-return]
+    return out.unflatten(0, (batch, q_len)).transpose(1, 2), None
 
 
 def _starts(mask: Band, batch: int, length: int, device: torch.device) -> Tensor:

@@ -17,8 +17,6 @@ from torch.nn.attention.flex_attention import BlockMask
 from flexsparse.dropout import Dropout
 from flexsparse.executors import flex_cpu
 
-KEY_LENGTH = 18
-
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -99,16 +97,15 @@ def run(
         return _sealed(out), lse
     arguments = (q, k, v, block_mask, score_mod, scale, return_lse, hints)
     _fix_table_lengths(block_mask.mask_mod, score_mod)
-    key = _kernel_key(q, k, v, block_mask, score_mod, return_lse, hints)
-    if key in _fixed_lengths:
-        key = (*key, q.shape, k.shape, scale)
+    structure = _structure(q, k, v, block_mask, score_mod, return_lse, hints)
+    is_fixed = structure in _fixed_lengths
+    key = (structure, (q.shape, k.shape, scale) if is_fixed else None)
     kernel = _kernels.get(key)
     try:
         if kernel is not None:
             return kernel(*arguments)  # type: ignore[no-any-return]
         # on CPU, lengths are data from the first call on; measured as fast as fixed lengths
-        fixed = len(key) > KEY_LENGTH
-        dynamic = False if fixed else True if q.device.type == "cpu" else None
+        dynamic = False if is_fixed else True if q.device.type == "cpu" else None
         kernel = _kernels[key] = _compile(dynamic, q.device)
         # without this, lengths that happen to be equal in the first call would have to stay equal
         with torch.fx.experimental._config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
@@ -119,9 +116,9 @@ def run(
     except _compile_error():
         # some masks and score_mods do not compile in C++ with lengths as data (torch 2.13)
         del _kernels[key]
-        if q.device.type != "cpu" or len(key) > KEY_LENGTH:
+        if q.device.type != "cpu" or is_fixed:
             raise
-        _fixed_lengths.add(key)
+        _fixed_lengths.add(structure)
     return run(
         q,
         k,
@@ -173,7 +170,7 @@ def _(x: Tensor) -> Tensor:
 
 
 _kernels: dict[Any, Callable[..., Any]] = {}
-_fixed_lengths: set[Any] = set()  # keys of kernels that compile for fixed lengths alone
+_fixed_lengths: set[Any] = set()  # structures whose kernels compile for fixed lengths alone
 
 
 class _GaveUpError(RuntimeError):
@@ -201,19 +198,10 @@ def _attend(
     return torch_flex.flex_attention(q, k, v, score_mod, **options), None
 
 
-def _attend_compiled(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    block_mask: BlockMask,
-    score_mod: ScoreMod | None,
-    scale: float | None,
-    return_lse: bool,
-    hints: dict[str, bool],
-) -> Any:
+def _attend_compiled(*arguments: Any) -> Any:
     if not torch.compiler.is_compiling():
         raise _GaveUpError
-    return _attend(q, k, v, block_mask, score_mod, scale, return_lse, hints)
+    return _attend(*arguments)
 
 
 def _compile(dynamic: bool | None, device: torch.device) -> Callable[..., Any]:
@@ -243,7 +231,7 @@ def _fix_table_lengths(*mods: Any) -> None:
                 torch._dynamo.mark_static(table)
 
 
-def _kernel_key(
+def _structure(
     q: Tensor,
     k: Tensor,
     v: Tensor,

@@ -64,15 +64,17 @@ def too_many(keys: Keys) -> str | None:
     return f"the query sees {len(keys):,} keys in pieces; at most {MOST_COPIED} are copied"
 
 
-def run(q: Tensor, k: Tensor, v: Tensor, keys: Keys, *, scale: float | None = None) -> Tensor:
-    """Attention of one query to some keys: [B, n_heads, 1, Dv]; without keys it is 0."""
+def run(
+    q: Tensor, k: Tensor, v: Tensor, keys: Keys, *, scale: float | None = None
+) -> tuple[Tensor, None]:
+    """Attention of one query to some keys: out [B, n_heads, 1, Dv], 0 without keys, and no LSE."""
     out_shape = (*q.shape[:3], v.shape[3])
     if isinstance(keys, slice):
         k, v = k[:, :, keys], v[:, :, keys]
     else:
         k, v = k.index_select(2, keys), v.index_select(2, keys)
     if not k.shape[2]:
-        return q.new_zeros(out_shape)
+        return q.new_zeros(out_shape), None
     # the query heads of a kv head as its queries, so that k and v are not repeated
     q = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
-    return scaled_dot_product_attention(q, k, v, scale=scale).reshape(out_shape)
+    return scaled_dot_product_attention(q, k, v, scale=scale).reshape(out_shape), None

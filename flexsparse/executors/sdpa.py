@@ -26,7 +26,10 @@ def unsupported(
     # torch's is_causal counts both positions from 0; to one query, causal is the first keys
     from_the_first = grid.q_offset == 0 or (grid.q_len == 1 and grid.q_offset > 0)
     if mask != everything and not (mask == CAUSAL and from_the_first):
-        return "the mask is neither full nor causal from position 0, or of one query"
+        return (
+            "scaled_dot_product_attention takes full masks, and causal ones of a single query or "
+            "of queries from position 0 on"
+        )
     return unsupported_extras(score_mod=score_mod, dropout=dropout, return_lse=return_lse)
 
 
@@ -45,11 +48,12 @@ def unsupported_extras(
 
 def run(
     q: Tensor, k: Tensor, v: Tensor, mask: Mask, grid: Grid, *, scale: float | None = None
-) -> Tensor:
-    """Attention under a full or causal mask: [B, n_heads, q_len, Dv]."""
+) -> tuple[Tensor, None]:
+    """Attention under a full or causal mask: out [B, n_heads, q_len, Dv], and no LSE."""
     gqa = q.shape[1] != k.shape[1]
     causal = mask != everything
     if causal and grid.q_len == 1:
         seen = min(grid.q_offset + 1, grid.kv_len)
         k, v, causal = k[:, :, :seen], v[:, :, :seen], False
-    return scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=gqa)
+    out = scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=gqa)
+    return out, None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -186,16 +187,43 @@ def streaming_attention(
     Source: attention sinks are StreamingLLM's (arXiv 2309.17453), the walk over tiles with an
         online softmax is FlashAttention-2's (arXiv 2307.08691), split decoding Flash-Decoding's.
     """
-    lengths = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "q_offset": q_offset}
-    pages = {"page_table": page_table, "kv_lens": kv_lens}
-    reason = unsupported(q, k, v, sink, window, **lengths, **pages)  # type: ignore[arg-type]
+    positions: dict[str, Any] = {
+        "cu_seqlens_q": cu_seqlens_q,
+        "cu_seqlens_k": cu_seqlens_k,
+        "q_offset": q_offset,
+        "page_table": page_table,
+        "kv_lens": kv_lens,
+    }
+    reason = unsupported(q, k, v, sink, window, **positions)
     if reason is None and softcap is not None and softcap <= 0:
         reason = f"softcap is {softcap}; it must be positive, or None for no cap"
-    grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    if reason is None and grad and page_table is not None:
+    if reason is None and page_table is not None and _wants_gradients(q, k, v):
         reason = "paged keys have no gradient; call it under torch.no_grad()"
     if reason is not None:
         raise ExecutorError(f"streaming attention cannot run this call: {reason}.")
+    out, lse = run(
+        q, k, v, sink, window, scale=scale, softcap=softcap, max_sink=max_sink, **positions
+    )
+    return (out, lse) if return_lse else out
+
+
+def run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sink: Tensor,
+    window: Tensor,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    q_offset: int | Tensor | None = None,
+    page_table: Tensor | None = None,
+    kv_lens: Tensor | None = None,
+    max_sink: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`streaming_attention` of what `unsupported` lets pass: out and lse."""
     from flexsparse.executors import streaming_decode, streaming_ops
 
     if isinstance(q_offset, int) and cu_seqlens_q is None and page_table is None:
@@ -210,7 +238,8 @@ def streaming_attention(
         q, scale = (-q, -scale) if scale < 0 else (q * 0, 1.0)
     cap = 0.0 if softcap is None else softcap
     few_rows = q.shape[2] * (q.shape[1] // k.shape[1]) <= streaming_decode.DECODE_ROWS
-    if page_table is not None or (few_rows and not grad and cu_seqlens_q is None):
+    is_split = few_rows and cu_seqlens_q is None and not _wants_gradients(q, k, v)
+    if page_table is not None or is_split:
         out, lse = streaming_decode.streaming_decode(
             q, k, v, sink, window, q_offset, page_table, kv_lens, scale, cap
         )
@@ -219,23 +248,8 @@ def streaming_attention(
             q, k, v, sink, window, q_offset, cu_seqlens_q, cu_seqlens_k, scale, cap,
             ASSUMED_SINK if max_sink is None else max_sink,
         )  # fmt: skip
-    return (out, lse) if return_lse else out
+    return out, lse
 
 
-def run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sink: Tensor,
-    window: Tensor,
-    *,
-    scale: float | None = None,
-    q_offset: int,
-    max_sink: int,
-    return_lse: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """`streaming_attention` as the launches call an executor: out, and lse or None."""
-    out, lse = streaming_attention(
-        q, k, v, sink, window, scale=scale, q_offset=q_offset, max_sink=max_sink, return_lse=True,
-    )  # fmt: skip
-    return out, lse if return_lse else None
+def _wants_gradients(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)

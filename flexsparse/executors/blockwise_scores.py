@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from flexsparse.dropout import Dropout
-from flexsparse.executors.schedule import (
+from flexsparse.executors.blockwise_schedule import (
     FULL,
     PAD,
     PARTIAL,
