@@ -14,7 +14,7 @@ from flexsparse.default_device import cpu_by_default
 from flexsparse.expr import Index, Mask
 from flexsparse.gaps import Ranges, empty_rows, unseen_keys
 from flexsparse.heads import PerHead, head_ranges
-from flexsparse.report import shorten
+from flexsparse.text import shorten, shown
 from flexsparse.validate import INT32_MAX, problem, whole_bounds
 
 RANGES_SHOWN = 6
@@ -164,7 +164,7 @@ def check(
     reads = {name for case in looked_at for name in case.mask.variables}
     reads |= {"h"} if len(looked_at) > 1 else set()
     return Check(
-        mask.name if isinstance(mask, Mask) else f"per_head of {mask.n_heads} heads",
+        shown(mask) if isinstance(mask, Mask) else f"per_head of {mask.n_heads} heads",
         q_len,
         kv_len,
         looked_at[0].grid.q_offset,
@@ -219,4 +219,4 @@ def _beyond_int32(case: Case) -> Iterator[Beyond]:
             leaving.add(id(node))
             if not any(id(arg) in leaving for arg in node.args):
                 lo, hi = (None, None) if bounds is None else (int(bounds.lo), int(bounds.hi))
-                yield Beyond(str(node), lo, hi)
+                yield Beyond(shown(node), lo, hi)

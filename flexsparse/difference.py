@@ -14,7 +14,7 @@ from flexsparse.default_device import cpu_by_default
 from flexsparse.errors import MaskError
 from flexsparse.expr import Mask, nothing
 from flexsparse.heads import PerHead
-from flexsparse.report import shorten
+from flexsparse.text import shorten, shown
 from flexsparse.validate import problem
 
 BLOCKS_SHOWN = 8
@@ -144,7 +144,7 @@ def diff(
         of_blocks += grid.planes * grid.rows * grid.columns * copies
         first += [(block, case) for block in _first_blocks(classes, case)]
     first.sort(key=lambda found: found[0])
-    names = [x.name if isinstance(x, Mask) else f"per_head of {x.n_heads} heads" for x in (a, b)]
+    names = [shown(x) if isinstance(x, Mask) else f"per_head of {x.n_heads} heads" for x in (a, b)]
     return Difference(
         names[0],
         names[1],

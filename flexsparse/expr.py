@@ -1,14 +1,14 @@
 """Index expressions and masks over them: the one definition every reading is made from.
 
 An expression is an immutable tree. It has no length, device or head count. `Expr.steps` flattens
-the tree to a list in which each distinct sub-expression stands once; equality, hashing and every
-reading (tensors, intervals, text, lowered code) walk lists, so none of them recurses.
+the tree to a list in which each distinct sub-expression stands once; equality, hashing, pickling
+and every reading (tensors, intervals, text, lowered code) walk lists, so none of them recurses.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
 
@@ -19,6 +19,7 @@ from flexsparse.errors import MaskError
 from flexsparse.tensors import TENSOR_READING as TENSOR_READING
 from flexsparse.tensors import Opaque
 from flexsparse.tensors import Table as Table
+from flexsparse.walks import postorder
 
 if TYPE_CHECKING:
     from flexsparse.checks import Check
@@ -60,6 +61,15 @@ class Expr:
         return tuple(numbered)
 
     @functools.cached_property
+    def spent(self) -> tuple[tuple[int, ...], ...]:
+        """For each step, the steps whose results no later one reads."""
+        last_reader = {i: place for place, step in enumerate(self.steps) for i in step.operands}
+        spent: list[list[int]] = [[] for _ in self.steps]
+        for i, place in last_reader.items():
+            spent[place].append(i)
+        return tuple(map(tuple, spent))
+
+    @functools.cached_property
     def _hash(self) -> int:
         return hash(self.steps)
 
@@ -91,6 +101,16 @@ class Expr:
     def __hash__(self) -> int:
         return self._hash
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # flat, because pickle and copy recurse; without the hash, which each process has its own of
+        places: dict[int, int] = {}
+        nodes = []
+        for node in postorder(self):
+            places[id(node)] = len(places)
+            operands = tuple(places[id(arg)] for arg in node.args)
+            nodes.append((type(node), node.op, operands, node.payload, node.label))
+        return _from_nodes, (nodes,)
+
     def __str__(self) -> str:
         from flexsparse.text import formula
 
@@ -104,33 +124,30 @@ def _reads(payload: Any) -> bool:
     return isinstance(payload, (Table, Opaque))
 
 
-def postorder(root: Expr) -> Iterator[Expr]:
-    """Every node object once, operands before the node that uses them."""
-    seen: set[int] = set()
-    stack = [(root, False)]
-    while stack:
-        node, expanded = stack.pop()
-        if expanded:
-            yield node
-        elif id(node) not in seen:
-            seen.add(id(node))
-            stack.append((node, True))
-            stack.extend((arg, False) for arg in reversed(node.args))
+def _from_nodes(nodes: Sequence[tuple[type[Expr], str, tuple[int, ...], Any, str | None]]) -> Expr:
+    """The expression that `Expr.__reduce__` took apart."""
+    built: list[Expr] = []
+    for kind, op, operands, payload, label in nodes:
+        built.append(kind(op, tuple(built[i] for i in operands), payload, label))
+    return built[-1]
 
 
 def evaluate(
     expr: Expr, variables: Mapping[str, Value], reading: Mapping[str, Callable[..., Value]]
 ) -> Value:
     """Read an expression: `reading` says what operators mean, `variables` what b, h, ... are."""
-    values: list[Value] = []
-    for op, operands, payload, _ in expr.steps:
+    values: dict[int, Value] = {}
+    for place, (op, operands, payload, _) in enumerate(expr.steps):
         if op in VARIABLES:
-            values.append(variables[op])
+            values[place] = variables[op]
         elif payload is None:
-            values.append(reading[op](*[values[i] for i in operands]))
+            values[place] = reading[op](*[values[i] for i in operands])
         else:
-            values.append(reading[op](payload, *[values[i] for i in operands]))
-    return values[-1]
+            values[place] = reading[op](payload, *[values[i] for i in operands])
+        # thousands of results would not fit in memory at once
+        for i in expr.spent[place]:
+            del values[i]
+    return values[len(expr.steps) - 1]
 
 
 class Index(Expr):
@@ -155,13 +172,13 @@ class Index(Expr):
         return Index("*", (as_index(other), self))
 
     def __floordiv__(self, other: Index | int) -> Index:
-        return Index("//", (self, _divisor(other, f"{self} // 0")))
+        return Index("//", (self, _divisor(other, self, "//")))
 
     def __rfloordiv__(self, other: int) -> Index:
         return Index("//", (as_index(other), self))
 
     def __mod__(self, other: Index | int) -> Index:
-        return Index("%", (self, _divisor(other, f"{self} % 0")))
+        return Index("%", (self, _divisor(other, self, "%")))
 
     def __rmod__(self, other: int) -> Index:
         return Index("%", (as_index(other), self))
@@ -353,9 +370,9 @@ def as_index(value: Index | int) -> Index:
     )
 
 
-def _divisor(value: Index | int, text: str) -> Index:
+def _divisor(value: Index | int, dividend: Index, op: str) -> Index:
     if isinstance(value, int) and value == 0:
-        raise MaskError(f"Division by zero: {text}. Use a divisor of 1 or more.")
+        raise MaskError(f"Division by zero: {dividend} {op} 0. Use a divisor of 1 or more.")
     return as_index(value)
 
 

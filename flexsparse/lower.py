@@ -19,8 +19,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flexsparse.expr import VARIABLES, Index, Mask, Table, postorder
+from flexsparse.expr import VARIABLES, Index, Mask, Table
 from flexsparse.tensors import Opaque
+from flexsparse.text import shown
+from flexsparse.walks import postorder
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 INT32_MAX = 2**31 - 1
@@ -158,7 +160,7 @@ class LoweredMask:
 
     def __repr__(self) -> str:
         mask, device, q_offset, _ = self._arguments
-        return f"mask_mod of {mask.name}, query row 0 at position {q_offset}, on {device}"
+        return f"mask_mod of {shown(mask)}, query row 0 at position {q_offset}, on {device}"
 
 
 TEXT_READING = {

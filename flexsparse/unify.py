@@ -12,7 +12,8 @@ from collections.abc import Hashable, Mapping
 
 import torch
 
-from flexsparse.expr import Expr, Index, Mask, h, lookup, postorder
+from flexsparse.expr import Expr, Index, Mask, h, lookup
+from flexsparse.walks import postorder
 
 
 def structure(mask: Mask) -> Hashable:

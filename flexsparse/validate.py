@@ -17,9 +17,10 @@ from flexsparse.expr import (
     Mask,
     Table,
     evaluate,
-    postorder,
 )
 from flexsparse.interval import INTERVAL_READING, Interval, table_bounds
+from flexsparse.text import shown
+from flexsparse.walks import postorder
 
 INT32_MAX = 2**31 - 1
 
@@ -91,7 +92,7 @@ def _suspicions(mask: Mask, grid: Grid) -> Iterator[tuple[Mask, str]]:
         if isinstance(node, Index) and not unknown and max(-bound.lo, bound.hi) >= INT_LIMIT:
             yield (
                 Mask("const", payload=True),
-                f"{node} may leave int64 at these lengths (its bounds are {bound.lo} and "
+                f"{shown(node)} may leave int64 at these lengths (its bounds are {bound.lo} and "
                 f"{bound.hi}), for example",
             )
         if node.op in ("//", "%"):
@@ -99,7 +100,7 @@ def _suspicions(mask: Mask, grid: Grid) -> Iterator[tuple[Mask, str]]:
             assert isinstance(divisor, Index)
             about = bounds[id(divisor)]
             if about is None or about.lo <= 0 <= about.hi:
-                yield divisor.equals(0), f"The divisor of {node} is 0"
+                yield divisor.equals(0), f"The divisor of {shown(node)} is 0"
         if isinstance(node.payload, Table):
             for dim, index in enumerate(node.args):
                 size = node.payload.tensor.shape[dim]
@@ -114,7 +115,7 @@ def _suspicions(mask: Mask, grid: Grid) -> Iterator[tuple[Mask, str]]:
                     yield (
                         (index < 0) | (index >= size),
                         f"The table {node.payload!r} is read out of range: dimension {dim} has "
-                        f"{size} entries, and the index {index} {reach}{negative}. "
+                        f"{size} entries, and the index {shown(index)} {reach}{negative}. "
                         "Make the table longer, or bound the index with minimum and maximum. It "
                         "is out of range",
                     )

@@ -16,6 +16,7 @@ CODE = sorted((ROOT / "flexsparse").rglob("*.py"))
 ORDER = [
     {"errors", "default_device"},
     {"tensors", "bits"},
+    {"walks"},
     {"expr"},
     {"text", "heads", "pyramid", "naming", "normal_form", "unify"},
     {"parser"},

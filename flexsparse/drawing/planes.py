@@ -14,11 +14,13 @@ from flexsparse.compiler import CompiledMask
 from flexsparse.drawing.block_lists import grid_of, place_of, planes_of, rectangles_of
 from flexsparse.drawing.plane import Blocks, Owner, Plane
 from flexsparse.errors import MaskError
-from flexsparse.expr import Expr, Index, Mask, postorder
+from flexsparse.expr import Expr, Index, Mask
 from flexsparse.heads import PerHead
 from flexsparse.tensors import Table
+from flexsparse.text import shown
 from flexsparse.tracing import from_mask_mod
 from flexsparse.validate import problem
+from flexsparse.walks import postorder
 
 
 class Lengths(NamedTuple):
@@ -97,7 +99,7 @@ def _of_masks(
         for b in range(case.grid.batch) if "b" in case.mask.variables else (None,):
             for h in case.heads or (None,):
                 mask = of_one_plane(case.mask, b or 0, h or 0)
-                names.setdefault(mask, case.mask.name)
+                names.setdefault(mask, shown(case.mask))
                 owners.setdefault(mask, []).append((b, h))
     grid = looked_at[0].grid._replace(batch=1, heads=(0,))
     return [
