@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from flexsparse.classify import Grid
-from flexsparse.expr import Expr, Mask, Table, postorder
-from flexsparse.normal_form import terms
+from flexsparse.expr import Expr, Mask
+from flexsparse.normal_form import documents_of, terms
+from flexsparse.tensors import Table
+from flexsparse.walks import postorder
 
 
 class Band(NamedTuple):
@@ -63,11 +65,7 @@ def band(mask: Mask, grid: Grid) -> Band | None:
 
 def _documents(mask: Mask) -> Table | None:
     """A table that the mask compares at q_idx and at kv_idx, if there is one."""
-    for node in postorder(mask):
-        union = terms(node) if isinstance(node, Mask) and node.op == "==" else None
-        if union and union[0].documents is not None:
-            return union[0].documents
-    return None
+    return next(filter(None, map(documents_of, postorder(mask))), None)
 
 
 def _starts_of_runs(ids: Tensor) -> Tensor | None:
