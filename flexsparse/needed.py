@@ -11,13 +11,14 @@ from torch import Tensor
 
 from flexsparse.classify import BlockClasses, Rectangles, bound_cells, interval_reading
 from flexsparse.expr import Mask, everything
+from flexsparse.walks import conjuncts
 
 MOST_BLOCKS = 1 << 16  # beyond so many PARTIAL blocks the proof would cost more than it saves
 
 
 def needed(mask: Mask, classes: BlockClasses) -> Mask:
     """The mask without the terms of its conjunction that are true in all of its PARTIAL blocks."""
-    terms = _conjunction(mask)
+    terms = conjuncts(mask)
     if len(terms) == 1 or not 0 < classes.partial.blocks <= MOST_BLOCKS:
         return mask
     cells = _blocks(classes.partial)
@@ -32,19 +33,6 @@ def needed(mask: Mask, classes: BlockClasses) -> Mask:
     for term in kept[1:]:
         result = result & term
     return result
-
-
-def _conjunction(mask: Mask) -> list[Mask]:
-    """The masks that `&` combines, in order."""
-    terms: list[Mask] = []
-    stack = [mask]
-    while stack:
-        node = stack.pop()
-        if node.op == "&":
-            stack += [arg for arg in reversed(node.args) if isinstance(arg, Mask)]
-        else:
-            terms.append(node)
-    return terms
 
 
 def _blocks(rectangles: Rectangles) -> list[Tensor]:

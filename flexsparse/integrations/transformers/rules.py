@@ -23,12 +23,12 @@ from flexsparse.expr import (
     kv_idx,
     lookup,
     maximum,
-    postorder,
     q_idx,
 )
 from flexsparse.heads import PerHead, per_head
 from flexsparse.tensors import Table
 from flexsparse.tracing import from_mask_mod
+from flexsparse.walks import conjuncts, postorder
 
 CAUSAL = kv_idx <= q_idx
 ALWAYS = q_idx >= 0  # what transformers writes for "no mask"
@@ -128,18 +128,6 @@ def forget() -> None:
     """Let go of everything that was compiled."""
     for cached in (compiled, _canonical):
         cached.cache_clear()
-
-
-def conjuncts(mask: Mask) -> list[Mask]:
-    """The masks that `&` joins."""
-    found, left = [], [mask]
-    while left:
-        term = left.pop()
-        if term.op == "&":
-            left.extend(arg for arg in reversed(term.args) if isinstance(arg, Mask))
-        else:
-            found.append(term)
-    return found
 
 
 def _copied(mask: Mask) -> Mask:
