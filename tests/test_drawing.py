@@ -125,6 +125,15 @@ def test_a_million_tokens_are_counted_by_looking_at_few_blocks(mask, elements):
     assert int(panel.kept.sum()) == elements
 
 
+def test_numbers_made_of_themselves_are_described_once():
+    index = q_idx % 7 + kv_idx % 5
+    for _ in range(40):
+        index = index // 2 + index
+    mask = causal & (index % 3).equals(1)
+    (panel,) = shown(mask, 512)
+    assert int(panel.kept.sum()) == int(dense(mask, panel.grid).sum())
+
+
 def test_what_takes_too_long_to_count_is_said_and_not_guessed():
     torch.manual_seed(0)
     noise = lookup(torch.rand(4096, 4096) < 0.5, q_idx, kv_idx)

@@ -24,6 +24,7 @@ MOST_BLOCKS = 1 << 19  # that are worth describing; each takes some hundred byte
 ELEMENTS_AT_ONCE = 1 << 20
 COMPARISONS = ("<", "<=", "==")
 CONNECTIVES = ("&", "|", "^", "~")
+MOST_COLUMNS = 16  # of a description; more are numbered, or they would double with each x + x
 
 
 class Form(NamedTuple):
@@ -127,7 +128,10 @@ def _kinds(mask: Mask, grid: Grid, row: Tensor, column: Tensor) -> Tensor:
         else:
             numbers = [_number(values[i]) for i in step.operands]
             form = _form(step, operands, numbers, zero) if _is_integer(value) else None
-            forms.append(_settled(form, value) if form else _anything(operands, zero))
+            form = _settled(form, value) if form else _anything(operands, zero)
+            if len(form.shape) > MOST_COLUMNS:
+                form = Form(form.offset, (_divide(zero, *form.shape),))
+            forms.append(form)
     return kind
 
 
