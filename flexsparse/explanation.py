@@ -10,8 +10,9 @@ import torch
 
 from flexsparse.default_device import cpu_by_default
 from flexsparse.errors import MaskError
-from flexsparse.expr import TENSOR_READING, VARIABLES, Expr, Mask, Table
+from flexsparse.expr import VARIABLES, Expr, Mask
 from flexsparse.heads import PerHead
+from flexsparse.tensors import TENSOR_READING, Table
 from flexsparse.text import formula, shorten, shown
 from flexsparse.walks import postorder
 
@@ -129,13 +130,12 @@ def explain(mask: Mask | PerHead, q: int, kv: int, h: int = 0, b: int = 0) -> Ex
 
 def _values(mask: Mask, place: dict[str, int]) -> dict[int, Any]:
     """What every sub-expression is at one place, by its id."""
-    device = next((t.tensor.device for t in mask.tables), torch.device("cpu"))
     values: dict[int, Any] = {}
     for node in postorder(mask):
         operands = [values[id(arg)] for arg in node.args]
         if node.op in VARIABLES:
             # one entry, not none: tensors without dimensions promote dtypes by other rules
-            values[id(node)] = torch.tensor([place[node.op]], device=device)
+            values[id(node)] = torch.tensor([place[node.op]], device=mask.device)
             continue
         if node.op in ("//", "%") and not bool(torch.as_tensor(operands[1]).ne(0).all()):
             raise MaskError(f"explain: the divisor of {shown(node)} is 0 at {_at(place)}.")

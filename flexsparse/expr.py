@@ -16,10 +16,8 @@ import torch
 from torch import Tensor
 
 from flexsparse.errors import MaskError
-from flexsparse.tensors import TENSOR_READING as TENSOR_READING
-from flexsparse.tensors import Opaque
-from flexsparse.tensors import Table as Table
-from flexsparse.walks import postorder
+from flexsparse.tensors import TENSOR_READING, Opaque, Table
+from flexsparse.walks import postorder, rewritten
 
 if TYPE_CHECKING:
     from flexsparse.checks import Check
@@ -27,6 +25,7 @@ if TYPE_CHECKING:
 
 VARIABLES = ("b", "h", "q_idx", "kv_idx")
 INT_LIMIT = 2**61  # constants beyond this could overflow int64 in the analysis
+INT32_MAX = 2**31 - 1  # kernels count in int32
 
 Value = TypeVar("Value")
 
@@ -86,10 +85,21 @@ class Expr:
         return tuple(table for tables in read for table in tables)
 
     @property
+    def device(self) -> torch.device | None:
+        """Where the tensors are that the expression reads; None if it reads none."""
+        return next((table.tensor.device for table in self.tables), None)
+
+    @property
     def opaque_operators(self) -> tuple[str, ...]:
         """The operators that the analysis has no rule for: exact all the same, only slower."""
         payloads = [step.payload for step in self.steps]
         return tuple(dict.fromkeys(x.name for x in payloads if isinstance(x, Opaque)))
+
+    def over(self, args: tuple[Expr, ...]) -> Expr:
+        """The same operator over other operands; it has no label, which would name what it was."""
+        if all(new is old for new, old in zip(args, self.args, strict=True)):
+            return self
+        return type(self)(self.op, args, self.payload)
 
     def __eq__(self, other: object) -> bool:
         if self is other:
@@ -148,6 +158,16 @@ def evaluate(
         for i in expr.spent[place]:
             del values[i]
     return values[len(expr.steps) - 1]
+
+
+def kept_at(mask: Mask, places: Mapping[str, Tensor]) -> Tensor:
+    """Which places of b, h, q_idx and kv_idx a mask keeps, exactly: computed where its tables are.
+
+    Places and result are on the CPU.
+    """
+    device = mask.device or torch.device("cpu")
+    there = {name: place.to(device) for name, place in places.items()}
+    return torch.as_tensor(evaluate(mask, there, TENSOR_READING)).cpu()
 
 
 class Index(Expr):
@@ -289,18 +309,11 @@ class Mask(Expr):
         unknown = set(variables) - set(VARIABLES)
         if unknown:
             raise MaskError(f"at() got {sorted(unknown)}; a mask reads {', '.join(VARIABLES)}.")
-        rebuilt: dict[int, Expr] = {}
-        for node in postorder(self):
-            if node.op in variables:
-                rebuilt[id(node)] = as_index(variables[node.op])
-            elif node.args:
-                args = tuple(rebuilt[id(arg)] for arg in node.args)
-                rebuilt[id(node)] = type(node)(node.op, args, node.payload)
-            else:
-                rebuilt[id(node)] = node
-        moved = rebuilt[id(self)]
-        assert isinstance(moved, Mask)
-        return moved
+
+        def moved(node: Expr, args: tuple[Expr, ...]) -> Expr:
+            return as_index(variables[node.op]) if node.op in variables else node.over(args)
+
+        return rewritten(self, moved)
 
     def to(self, device: torch.device | str) -> Mask:
         """The same mask with its tables on a device; the tables of this one stay where they are."""
@@ -309,16 +322,14 @@ class Mask(Expr):
                 f"A mask with {self.opaque_operators[0]}, which flexsparse has no rule for, cannot "
                 "be moved. Move the tensors of the mask_mod function, and trace it again."
             )
-        moved: dict[int, Expr] = {}
-        for node in postorder(self):
+
+        def moved(node: Expr, args: tuple[Expr, ...]) -> Expr:
             payload = node.payload
             if isinstance(payload, Table):
                 payload = Table(payload.tensor.to(device))
-            args = tuple(moved[id(arg)] for arg in node.args)
-            moved[id(node)] = replace(node, args=args, payload=payload)
-        result = moved[id(self)]
-        assert isinstance(result, Mask)
-        return result
+            return replace(node, args=args, payload=payload)
+
+        return rewritten(self, moved)
 
     def __and__(self, other: Mask) -> Mask:
         return Mask("&", (self, _as_mask(other, "&")))

@@ -19,14 +19,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flexsparse.expr import VARIABLES, Index, Mask, Table
-from flexsparse.tensors import Opaque
+from flexsparse.expr import INT32_MAX, VARIABLES, Index, Mask
+from flexsparse.tensors import CASTS, MaskMod, Opaque, Table
 from flexsparse.text import shown
 from flexsparse.walks import postorder
-
-MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-INT32_MAX = 2**31 - 1
-CASTS = ("narrow", "float", "truncate")
 
 
 class Lowering(NamedTuple):

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from flexsparse.dropout import ScoreMod
 from flexsparse.expr import Index, Mask, kv_idx, lookup, maximum, minimum, q_idx
 from flexsparse.lower import padded
+from flexsparse.tensors import ScoreMod
 from flexsparse.text import shown
 from flexsparse.walks import postorder
 

@@ -11,6 +11,12 @@ from torch import Tensor
 
 from flexsparse.errors import MaskError
 
+# FlexAttention's functions: of (b, h, q_idx, kv_idx), and of (score, b, h, q_idx, kv_idx)
+MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+CASTS = ("narrow", "float", "truncate")  # operators whose payload is a dtype
+
 
 class Table:
     """A tensor read by `lookup`: compared by content, and watched for in-place changes.
@@ -24,7 +30,7 @@ class Table:
         self.tensor = tensor
         # flat, and each once: a loop computes tensors from tensors that are computed
         reached = (x for origin in origins for x in (*origin.origins, origin))
-        self.origins = tuple({id(x): x for x in reached}.values())
+        self.origins: tuple[Table, ...] = tuple({id(x): x for x in reached}.values())
         self._version = self._current_version()
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -6,7 +6,7 @@ flexsparse.parser reads a formula back.
 from __future__ import annotations
 
 from flexsparse.expr import Expr
-from flexsparse.tensors import Opaque
+from flexsparse.tensors import CASTS, Opaque
 
 # binding strength, as in Python: a comparison binds more loosely than & | ^
 COMPARISON, OR, XOR, AND, SUM, PRODUCT, UNARY, ATOM = range(8)
@@ -23,7 +23,6 @@ INFIX = {
     "%": PRODUCT,
     "/": PRODUCT,
 }
-CASTS = ("narrow", "float", "truncate")
 # A loop in a mask_mod may share its terms so that the text doubles with each turn: this many
 # characters are written, which is more than any mask written by hand has.
 LONGEST = 1 << 18

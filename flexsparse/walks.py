@@ -6,7 +6,7 @@ their operands, so that a walk of every path would take exponential time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -25,6 +25,15 @@ def postorder(root: Expr) -> Iterator[Expr]:
             seen.add(id(node))
             stack.append((node, True))
             stack.extend((arg, False) for arg in reversed(node.args))
+
+
+def rewritten(mask: Mask, change: Callable[[Expr, tuple[Expr, ...]], Expr]) -> Mask:
+    """The mask with each node, operands first, replaced by change(node, its new operands)."""
+    new: dict[int, Any] = {}
+    for node in postorder(mask):
+        new[id(node)] = change(node, tuple(new[id(arg)] for arg in node.args))
+    result: Mask = new[id(mask)]
+    return result
 
 
 def conjuncts(mask: Mask) -> list[Mask]:

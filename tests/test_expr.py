@@ -133,6 +133,20 @@ def test_variables_and_tables():
     assert [repr(t) for t in mask.tables] == ["int64[8]"]
 
 
+def test_a_mask_is_where_its_tables_are():
+    assert causal.device is None
+    elsewhere = (lookup(TABLE, q_idx) < kv_idx).to("meta")
+    assert elsewhere.device == torch.device("meta")
+    with pytest.raises(
+        MaskError, match=r"is on meta and .* for cpu\. Compile mask\.to\('cpu'\), or"
+    ):
+        compile_mask(elsewhere, 8, 8, device="cpu")
+
+
+def test_terms_that_do_not_move_keep_their_names():
+    assert (causal & sink(64)).at(q_idx=q_idx + 1).name == "(kv_idx <= q_idx + 1) & sink(64)"
+
+
 def test_a_changed_table_is_noticed():
     ids = torch.arange(8)
     mask = lookup(ids, q_idx).equals(3)

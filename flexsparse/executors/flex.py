@@ -16,10 +16,9 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from flexsparse.dropout import Dropout
 from flexsparse.executors import flex_cpu
+from flexsparse.tensors import ScoreMod
 
 KEY_LENGTH = 18
-
-ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def _missing_on_cpu() -> str | None:
