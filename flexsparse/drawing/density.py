@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flexsparse.classify import Grid, Rectangles, interval_reading
-from flexsparse.expr import TENSOR_READING, Mask, Step, evaluate
+from flexsparse.classify import Grid, interval_reading
+from flexsparse.expr import Mask, Step, kept_at
 from flexsparse.interval import Interval, Truth
 from flexsparse.tensors import Table
 
@@ -37,18 +37,6 @@ class Form(NamedTuple):
     def columns(self) -> tuple[Tensor, ...]:
         """Numbers that say what the expression is in a block."""
         return (self.offset, *self.shape)
-
-
-def unit_blocks(rectangles: Rectangles) -> tuple[Tensor, Tensor]:
-    """The row and the column of every block of some rectangles."""
-    height = rectangles.row1 - rectangles.row0
-    width = rectangles.column1 - rectangles.column0
-    size = height * width
-    place = torch.arange(int(size.sum())) - torch.repeat_interleave(size.cumsum(0) - size, size)
-    row0, column0, width = (
-        torch.repeat_interleave(x, size) for x in (rectangles.row0, rectangles.column0, width)
-    )
-    return row0 + place // width, column0 + place % width
 
 
 def kept_elements(mask: Mask, grid: Grid, row: Tensor, column: Tensor, most: int) -> Tensor | None:
@@ -74,7 +62,6 @@ def kept_elements(mask: Mask, grid: Grid, row: Tensor, column: Tensor, most: int
 
 def _count(mask: Mask, grid: Grid, row: Tensor, column: Tensor) -> Tensor:
     """The elements kept in each block, by looking at all of them."""
-    device = next((t.tensor.device for t in mask.tables), torch.device("cpu"))
     q_step, kv_step = (torch.arange(n) for n in grid.block_size)
     at_once = max(1, ELEMENTS_AT_ONCE // (len(q_step) * len(kv_step)))
     counts = [row[:0]]
@@ -87,9 +74,7 @@ def _count(mask: Mask, grid: Grid, row: Tensor, column: Tensor) -> Tensor:
             "q_idx": q.clamp(max=grid.q_len - 1) + grid.q_offset,
             "kv_idx": kv.clamp(max=grid.kv_len - 1),
         }
-        places = {name: x.to(device) for name, x in places.items()}
-        kept = torch.as_tensor(evaluate(mask, places, TENSOR_READING)).cpu()
-        counts.append((kept & inside).sum((1, 2)))
+        counts.append((kept_at(mask, places) & inside).sum((1, 2)))
     return torch.cat(counts)
 
 
