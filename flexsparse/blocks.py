@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from torch.utils import _pytree as pytree
 
-from flexsparse.classify import BlockClasses, Grid, Rectangles
+from flexsparse.classify import BlockClasses, Grid
+from flexsparse.rectangles import Rectangles
 
 ENTRIES_AT_ONCE = 1 << 21
 LARGE = 1 << 22  # entries, 16 MB
@@ -278,10 +279,7 @@ def _zeros(size: int, device: torch.device, written: int) -> Tensor:
 
 def _runs(rectangles: Rectangles, rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
     """Each row of each rectangle as (line, first column, length), ordered by line and column."""
-    height = rectangles.row1 - rectangles.row0
-    line = torch.repeat_interleave(rectangles.plane * rows + rectangles.row0, height)
-    line += torch.arange(len(line)) - torch.repeat_interleave(height.cumsum(0) - height, height)
-    start = torch.repeat_interleave(rectangles.column0, height)
-    length = torch.repeat_interleave(rectangles.column1 - rectangles.column0, height)
+    plane, row, _, start, end = rectangles.rows()
+    line = plane * rows + row
     order = torch.argsort(line * columns + start)
-    return line[order], start[order], length[order]
+    return line[order], start[order], (end - start)[order]

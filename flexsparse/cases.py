@@ -8,6 +8,7 @@ from flexsparse.classify import Grid
 from flexsparse.errors import MaskError
 from flexsparse.expr import Mask
 from flexsparse.heads import PerHead
+from flexsparse.text import shown
 
 
 class Case(NamedTuple):
@@ -77,4 +78,4 @@ def needed(case: Case) -> str | None:
         return None
     reads = " and ".join({"n_heads": "h", "batch": "b"}[name] for name in case.unknown)
     give = ", ".join(f"{name}=..." for name in case.unknown)
-    return f"The mask reads {reads}, so its blocks differ: give {give} ({case.mask.name})"
+    return f"The mask reads {reads}, so its blocks differ: give {give} ({shown(case.mask)})"

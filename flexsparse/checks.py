@@ -6,16 +6,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
-
 from flexsparse.cases import Case, cases, needed
 from flexsparse.classify import classify
 from flexsparse.default_device import cpu_by_default
-from flexsparse.expr import Index, Mask
+from flexsparse.expr import Mask
 from flexsparse.gaps import Ranges, empty_rows, unseen_keys
 from flexsparse.heads import PerHead, head_ranges
-from flexsparse.report import shorten
-from flexsparse.validate import INT32_MAX, problem, whole_bounds
+from flexsparse.text import shorten, shown
+from flexsparse.validate import leaves_int32, problem, whole_bounds
 
 RANGES_SHOWN = 6
 TEXT_WIDTH = 72
@@ -152,9 +150,7 @@ def check(
     for case in looked_at:
         missing = needed(case)
         broken += [missing] if missing else []
-        tables = case.mask.tables
-        device = tables[0].tensor.device if tables else torch.device("cpu")
-        reason = problem(case.mask, case.grid, device)
+        reason = problem(case.mask, case.grid, case.mask.device)
         if reason is not None:
             broken.append(reason)
             continue
@@ -164,7 +160,7 @@ def check(
     reads = {name for case in looked_at for name in case.mask.variables}
     reads |= {"h"} if len(looked_at) > 1 else set()
     return Check(
-        mask.name if isinstance(mask, Mask) else f"per_head of {mask.n_heads} heads",
+        shown(mask) if isinstance(mask, Mask) else f"per_head of {mask.n_heads} heads",
         q_len,
         kv_len,
         looked_at[0].grid.q_offset,
@@ -213,10 +209,8 @@ def _beyond_int32(case: Case) -> Iterator[Beyond]:
     """The smallest expressions that leave int32; what is made of them is not listed again."""
     leaving: set[int] = set()
     for node, bounds in whole_bounds(case.mask, case.grid):
-        if not isinstance(node, Index):
-            continue
-        if bounds is None or max(-bounds.lo, bounds.hi) > INT32_MAX:
+        if leaves_int32(node, bounds):
             leaving.add(id(node))
             if not any(id(arg) in leaving for arg in node.args):
                 lo, hi = (None, None) if bounds is None else (int(bounds.lo), int(bounds.hi))
-                yield Beyond(str(node), lo, hi)
+                yield Beyond(shown(node), lo, hi)

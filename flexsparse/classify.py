@@ -14,9 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flexsparse.expr import TENSOR_READING, Mask, Table, evaluate
+from flexsparse.expr import Mask, evaluate, kept_at
 from flexsparse.interval import INTERVAL_READING, Interval, Truth
 from flexsparse.pyramid import Pyramid
+from flexsparse.rectangles import Rectangles
+from flexsparse.tensors import Table
 
 SPLIT = 4  # a cell is split into SPLIT x SPLIT
 CELLS_TO_BEGIN_WITH = 1 << 8  # of each plane; so many take hardly longer than one
@@ -50,25 +52,6 @@ class Grid(NamedTuple):
         return self.batch * len(self.heads)
 
 
-class Rectangles(NamedTuple):
-    """Rectangles of blocks: row0 <= row < row1 and column0 <= column < column1, an entry each."""
-
-    plane: Tensor
-    row0: Tensor
-    row1: Tensor
-    column0: Tensor
-    column1: Tensor
-
-    @property
-    def blocks(self) -> int:
-        """How many blocks the rectangles hold."""
-        return int(((self.row1 - self.row0) * (self.column1 - self.column0)).sum())
-
-    def transposed(self) -> Rectangles:
-        """The same rectangles with queries and keys exchanged."""
-        return Rectangles(self.plane, self.column0, self.column1, self.row0, self.row1)
-
-
 class BlockClasses(NamedTuple):
     """The class of every block of a grid; a block in neither list is EMPTY.
 
@@ -99,11 +82,9 @@ class BlockClasses(NamedTuple):
         """Classes of some heads each, put together for all heads and batch rows of a grid."""
 
         def spread(name: str) -> Rectangles:
-            return _concatenate(
-                [
-                    _on_planes(getattr(classes, name), classes.grid, heads, grid)
-                    for classes, heads in parts
-                ]
+            return Rectangles.joined(
+                _on_planes(getattr(classes, name), classes.grid, heads, grid)
+                for classes, heads in parts
             )
 
         evaluated = sum(classes.evaluated for classes, _ in parts)
@@ -119,8 +100,7 @@ class BlockClasses(NamedTuple):
 
         def renumbered(rectangles: Rectangles) -> Rectangles:
             plane = new_plane[rectangles.plane]
-            kept = Rectangles(*(x[plane >= 0] for x in rectangles))
-            return kept._replace(plane=plane[plane >= 0])
+            return rectangles._replace(plane=plane).where(plane >= 0)
 
         partial, full = renumbered(self.partial), renumbered(self.full)
         return BlockClasses(grid, partial, full, self.evaluated)
@@ -129,8 +109,7 @@ class BlockClasses(NamedTuple):
         """The classes of one row of blocks, as those of a grid that has no other."""
 
         def alone(rectangles: Rectangles) -> Rectangles:
-            there = (rectangles.row0 <= row) & (row < rectangles.row1)
-            kept = Rectangles(*(x[there] for x in rectangles))
+            kept = rectangles.where((rectangles.row0 <= row) & (row < rectangles.row1))
             return kept._replace(row0=torch.zeros_like(kept.row0), row1=torch.ones_like(kept.row1))
 
         return BlockClasses(grid, alone(self.partial), alone(self.full), self.evaluated)
@@ -144,10 +123,10 @@ def _on_planes(
     for b in range(target.batch):
         for place, head in enumerate(heads):
             own = min(b, grid.batch - 1) * len(grid.heads) + min(place, len(grid.heads) - 1)
-            chosen = Rectangles(*(x[rectangles.plane == own] for x in rectangles))
+            chosen = rectangles.of_plane(own)
             plane = torch.full_like(chosen.plane, b * len(target.heads) + head)
             copies.append(chosen._replace(plane=plane))
-    return _concatenate(copies)
+    return Rectangles.joined(copies)
 
 
 def classify(mask: Mask, grid: Grid) -> BlockClasses:
@@ -183,28 +162,27 @@ def classify(mask: Mask, grid: Grid) -> BlockClasses:
         partial.append(_rectangles(grid, some_partial, 1))
         full.append(_rectangles(grid, some_full, 1))
         evaluated += looked_at
-    whole, ragged = _part_ragged(grid, _concatenate(full))
-    return BlockClasses(grid, _concatenate([*partial, ragged]), whole, evaluated)
+    whole, ragged = _part_ragged(grid, Rectangles.joined(full))
+    return BlockClasses(grid, Rectangles.joined([*partial, ragged]), whole, evaluated)
 
 
 def interval_reading(mask: Mask) -> dict[str, Any]:
     """INTERVAL_READING with the tables of this mask behind pyramids."""
-    pyramids: dict[tuple[int, tuple[bool, ...]], Pyramid] = {}
-    ranged_step = [False] * len(mask.steps)
-    ranged_of: dict[int, list[tuple[bool, ...]]] = {}
-    for place, (op, operands, payload, _) in enumerate(mask.steps):
-        ranged = tuple(ranged_step[i] for i in operands)
-        ranged_step[place] = op in ("q_idx", "kv_idx") or any(ranged)
+    pyramids: dict[int, Pyramid] = {}
+    ranged_step: list[bool] = []
+    ranged_of: dict[int, list[bool]] = {}
+    for op, operands, payload, _ in mask.steps:
+        ranged = [ranged_step[i] for i in operands]
+        ranged_step.append(op in ("q_idx", "kv_idx") or any(ranged))
         if isinstance(payload, Table):
-            ranged_of.setdefault(id(payload), []).append(ranged)
+            # one table may be read in several ways; ranging over a dimension is right for them all
+            others = ranged_of.get(id(payload), ranged)
+            ranged_of[id(payload)] = [x or y for x, y in zip(ranged, others, strict=True)]
 
     def lookup(table: Table, *indices: Interval | None) -> Any:
-        # one table may be read in several ways; ranging over a dimension is right for all of them
-        ranged = tuple(any(ways) for ways in zip(*ranged_of[id(table)], strict=True))
-        key = (id(table), ranged)
-        if key not in pyramids:
-            pyramids[key] = Pyramid(table.tensor, ranged)
-        return INTERVAL_READING["lookup"](pyramids[key], *indices)
+        if id(table) not in pyramids:
+            pyramids[id(table)] = Pyramid(table.tensor, tuple(ranged_of[id(table)]))
+        return INTERVAL_READING["lookup"](pyramids[id(table)], *indices)
 
     return {**INTERVAL_READING, "lookup": lookup}
 
@@ -293,7 +271,6 @@ def _look(
     mask: Mask, grid: Grid, cells: list[Tensor], q_steps: Tensor, kv_steps: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Evaluate blocks exactly at q_steps x kv_steps of each: (any is true, all are true)."""
-    device = next((t.tensor.device for t in mask.tables), torch.device("cpu"))
     at_once = max(1, ELEMENTS_AT_ONCE // (len(q_steps) * len(kv_steps)))
     found_some, found_all = [torch.empty(0, dtype=torch.bool)], [torch.empty(0, dtype=torch.bool)]
     for start in range(0, len(cells[0]), at_once):
@@ -302,9 +279,7 @@ def _look(
         q = (row * grid.block_size[0] + q_steps[:, None]).clamp(max=grid.q_len - 1) + grid.q_offset
         kv = (column * grid.block_size[1] + kv_steps).clamp(max=grid.kv_len - 1)
         b, h = _batch_and_head(grid, plane)
-        variables = {"b": b, "h": h, "q_idx": q, "kv_idx": kv}
-        variables = {name: value.to(device) for name, value in variables.items()}
-        kept = torch.as_tensor(evaluate(mask, variables, TENSOR_READING)).cpu()
+        kept = kept_at(mask, {"b": b, "h": h, "q_idx": q, "kv_idx": kv})
         kept = kept.expand(len(plane), len(q_steps), len(kv_steps)).flatten(1)
         found_some.append(kept.any(1))
         found_all.append(kept.all(1))
@@ -322,10 +297,6 @@ def _rectangles(grid: Grid, cells: list[Tensor], side: int) -> Rectangles:
     )
 
 
-def _concatenate(parts: list[Rectangles]) -> Rectangles:
-    return Rectangles(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
-
-
 def _part_ragged(grid: Grid, full: Rectangles) -> tuple[Rectangles, Rectangles]:
     """Split off the blocks that stick out over the end of the queries or keys."""
     rows = grid.q_len // grid.block_size[0]
@@ -333,9 +304,9 @@ def _part_ragged(grid: Grid, full: Rectangles) -> tuple[Rectangles, Rectangles]:
     whole = full._replace(row1=full.row1.clamp(max=rows), column1=full.column1.clamp(max=columns))
     below = full._replace(row0=full.row0.clamp(min=rows))
     right = full._replace(row1=full.row1.clamp(max=rows), column0=full.column0.clamp(min=columns))
-    return _non_empty(whole), _concatenate([_non_empty(below), _non_empty(right)])
+    return _non_empty(whole), _non_empty(Rectangles.joined([below, right]))
 
 
 def _non_empty(rectangles: Rectangles) -> Rectangles:
     kept = (rectangles.row0 < rectangles.row1) & (rectangles.column0 < rectangles.column1)
-    return Rectangles(*(x[kept] for x in rectangles))
+    return rectangles.where(kept)

@@ -17,7 +17,7 @@ from flexsparse.classify import BlockClasses, Grid
 from flexsparse.cost import Cost
 from flexsparse.default_device import cpu_by_default
 from flexsparse.dispatch import Modifiers, attend
-from flexsparse.dropout import Dropout, ScoreMod
+from flexsparse.dropout import Dropout
 from flexsparse.errors import MaskError
 from flexsparse.expr import Mask
 from flexsparse.grouping import launches
@@ -25,6 +25,7 @@ from flexsparse.heads import PerHead
 from flexsparse.inputs import mismatch
 from flexsparse.launch import Launch
 from flexsparse.lower import LoweredMask
+from flexsparse.tensors import ScoreMod
 from flexsparse.validate import needs_int64
 
 if TYPE_CHECKING:
@@ -328,8 +329,8 @@ def _block_size(block_size: int | tuple[int, int]) -> tuple[int, int]:
 
 def _device(masks: PerHead, device: torch.device | str | None) -> torch.device:
     if device is None:
-        tables = [table for mask in masks.distinct for table in mask.tables]
-        return tables[0].tensor.device if tables else torch.get_default_device()
+        devices = [mask.device for mask in masks.distinct if mask.device is not None]
+        return devices[0] if devices else torch.get_default_device()
     try:
         # "cuda" becomes "cuda:0", which is what tensors there report
         return torch.empty(0, device=device).device

@@ -9,12 +9,13 @@ from typing import NamedTuple
 import torch
 
 from flexsparse.cases import Case, cases, needed
-from flexsparse.classify import BlockClasses, Rectangles, classify
+from flexsparse.classify import BlockClasses, classify
 from flexsparse.default_device import cpu_by_default
 from flexsparse.errors import MaskError
-from flexsparse.expr import Mask, nothing
+from flexsparse.expr import Mask, kept_at, nothing
 from flexsparse.heads import PerHead
-from flexsparse.report import shorten
+from flexsparse.rectangles import Rectangles
+from flexsparse.text import shorten, shown
 from flexsparse.validate import problem
 
 BLOCKS_SHOWN = 8
@@ -130,9 +131,7 @@ def diff(
         q_offset=q_offset,
         block_size=sizes,
     ):
-        tables = case.mask.tables
-        device = tables[0].tensor.device if tables else torch.device("cpu")
-        reason = needed(case) or problem(case.mask, case.grid, device)
+        reason = needed(case) or problem(case.mask, case.grid, case.mask.device)
         if reason is not None:
             raise MaskError(f"diff: {reason}")
         grid = case.grid
@@ -144,7 +143,7 @@ def diff(
         of_blocks += grid.planes * grid.rows * grid.columns * copies
         first += [(block, case) for block in _first_blocks(classes, case)]
     first.sort(key=lambda found: found[0])
-    names = [x.name if isinstance(x, Mask) else f"per_head of {x.n_heads} heads" for x in (a, b)]
+    names = [shown(x) if isinstance(x, Mask) else f"per_head of {x.n_heads} heads" for x in (a, b)]
     return Difference(
         names[0],
         names[1],
@@ -186,8 +185,7 @@ def _differing(a: Mask, b: Mask) -> Mask:
 def _first_blocks(classes: BlockClasses, case: Case) -> Iterator[Block]:
     """The first blocks that are kept, row by row."""
     grid = classes.grid
-    parts = zip(classes.partial, classes.full, strict=True)
-    rectangles = Rectangles(*(torch.cat(part) for part in parts))
+    rectangles = Rectangles.joined([classes.partial, classes.full])
     shown = 0
     line = -1  # the row of blocks, counted through all planes, that was looked at last
     base = rectangles.plane * grid.rows
@@ -213,12 +211,11 @@ def _pair(a: Mask | PerHead, block: Block, case: Case) -> Pair:
     """The first pair of a block on which the masks differ."""
     grid = case.grid
     q0, kv0 = block.row * grid.block_size[0], block.column * grid.block_size[1]
-    device = next((t.tensor.device for t in case.mask.tables), torch.device("cpu"))
-    q = torch.arange(q0, min(q0 + grid.block_size[0], grid.q_len), device=device) + grid.q_offset
-    kv = torch.arange(kv0, min(kv0 + grid.block_size[1], grid.kv_len), device=device)
-    b, h = (torch.tensor(x, device=device) for x in (block.b, block.h))
-    differ = case.mask(b, h, q[:, None], kv).expand(len(q), len(kv))
+    q = torch.arange(q0, min(q0 + grid.block_size[0], grid.q_len))[:, None] + grid.q_offset
+    kv = torch.arange(kv0, min(kv0 + grid.block_size[1], grid.kv_len))
+    of_block = {"b": torch.tensor(block.b), "h": torch.tensor(block.h)}
+    differ = kept_at(case.mask, {**of_block, "q_idx": q, "kv_idx": kv}).expand(len(q), len(kv))
     row, column = differ.nonzero()[0].tolist()
     mine = a if isinstance(a, Mask) else a[block.h]
-    kept = mine(b, h, q[row : row + 1], kv[column : column + 1])
+    kept = kept_at(mine, {**of_block, "q_idx": q[row], "kv_idx": kv[column : column + 1]})
     return Pair(block.b, block.h, int(q[row]), int(kv[column]), "a" if bool(kept) else "b")

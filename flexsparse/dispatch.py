@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flexsparse.dropout import Dropout, ScoreMod
+from flexsparse.dropout import Dropout
 from flexsparse.errors import ExecutorError
 from flexsparse.executors import blockwise, flash, flex, gather, reference, sdpa, streaming
 from flexsparse.launch import Launch
 from flexsparse.lower import padded
+from flexsparse.tensors import ScoreMod
 
 
 class Modifiers(NamedTuple):

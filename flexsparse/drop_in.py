@@ -12,11 +12,12 @@ from torch.nn.attention import flex_attention as torch_flex
 from torch.nn.attention.flex_attention import BlockMask
 
 from flexsparse.blocks import block_mask, write_kept_blocks
-from flexsparse.classify import BlockClasses, Grid, Rectangles, classify
+from flexsparse.classify import BlockClasses, Grid, classify
 from flexsparse.default_device import cpu_by_default
 from flexsparse.errors import MaskError
 from flexsparse.expr import Mask
 from flexsparse.lower import lower
+from flexsparse.rectangles import Rectangles
 from flexsparse.tracing import from_mask_mod
 from flexsparse.validate import needs_int64, problem
 
@@ -142,9 +143,8 @@ def _device(device: torch.device | str | None) -> torch.device:
 
 def _all_partial(classes: BlockClasses) -> BlockClasses:
     """The same blocks, where the mask_mod is to be applied to full ones too."""
-    parts = zip(classes.partial, classes.full, strict=True)
-    none = Rectangles(*(x[:0] for x in classes.full))
-    return classes._replace(partial=Rectangles(*(torch.cat(x) for x in parts)), full=none)
+    every = Rectangles.joined([classes.partial, classes.full])
+    return classes._replace(partial=every, full=every.where(slice(0)))
 
 
 def _spread(result: BlockMask, planes: tuple[int, int]) -> None:

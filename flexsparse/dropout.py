@@ -14,15 +14,14 @@ Constants: hash-prospector's best two-round 32-bit hash (C. Wellons, public doma
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from flexsparse.errors import MaskError
-
-ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+from flexsparse.tensors import ScoreMod
 
 WORD = 0xFFFFFFFF
 MULTIPLY = (0x21F0AAAD, 0x735A2D97)

@@ -10,14 +10,16 @@ import torch
 
 from flexsparse.default_device import cpu_by_default
 from flexsparse.errors import MaskError
-from flexsparse.expr import TENSOR_READING, VARIABLES, Expr, Mask, Table, postorder
+from flexsparse.expr import VARIABLES, Expr, Mask
 from flexsparse.heads import PerHead
-from flexsparse.report import shorten
-from flexsparse.text import formula, named_text
+from flexsparse.tensors import TENSOR_READING, Table
+from flexsparse.text import formula, shorten, shown
+from flexsparse.walks import postorder
 
 COMBINING = ("&", "|", "^", "~", "where")
 COMPARING = ("<", "<=", "==")
 TERMS_SHOWN = 16  # of one combination; what is left out has no say in the result
+LEVELS_SHOWN = 40  # of terms inside terms
 NAMES_SHOWN = 4
 TEXT_WIDTH = 60
 
@@ -128,16 +130,15 @@ def explain(mask: Mask | PerHead, q: int, kv: int, h: int = 0, b: int = 0) -> Ex
 
 def _values(mask: Mask, place: dict[str, int]) -> dict[int, Any]:
     """What every sub-expression is at one place, by its id."""
-    device = next((t.tensor.device for t in mask.tables), torch.device("cpu"))
     values: dict[int, Any] = {}
     for node in postorder(mask):
         operands = [values[id(arg)] for arg in node.args]
         if node.op in VARIABLES:
             # one entry, not none: tensors without dimensions promote dtypes by other rules
-            values[id(node)] = torch.tensor([place[node.op]], device=device)
+            values[id(node)] = torch.tensor([place[node.op]], device=mask.device)
             continue
         if node.op in ("//", "%") and not bool(torch.as_tensor(operands[1]).ne(0).all()):
-            raise MaskError(f"explain: the divisor of {node} is 0 at {_at(place)}.")
+            raise MaskError(f"explain: the divisor of {shown(node)} is 0 at {_at(place)}.")
         if isinstance(node.payload, Table):
             for dim, (index, size) in enumerate(
                 zip(operands, node.payload.tensor.shape, strict=True)
@@ -146,7 +147,7 @@ def _values(mask: Mask, place: dict[str, int]) -> dict[int, Any]:
                     raise MaskError(
                         f"explain: the table {node.payload!r} is read out of range at "
                         f"{_at(place)}: dimension {dim} has {size} entries, and the index "
-                        f"{node.args[dim]} is {int(index)} there."
+                        f"{shown(node.args[dim])} is {int(index)} there."
                     )
         constant = () if node.payload is None else (node.payload,)
         values[id(node)] = TENSOR_READING[node.op](*constant, *operands)
@@ -160,43 +161,57 @@ class _Visit(NamedTuple):
     depth: int
     decides: bool
     unnamed: bool
-    shown: bool
+    is_shown: bool
+
+    @property
+    def alike(self) -> tuple[Any, ...]:
+        """What visits have in common that find the same terms."""
+        return id(self.node), self.decides, self.unnamed, self.is_shown
 
 
 def _terms(mask: Mask, values: dict[int, Any]) -> tuple[list[Term], list[Term]]:
-    """The tree of a mask, terms above their operands, and the terms that settle its value."""
+    """The tree of a mask, terms above their operands, and the terms that settle its value.
+
+    A term that stands in several places is opened in the first of those that are alike.
+    """
     terms: list[Term] = []
-    because: list[Term] = []
-    stack = [_Visit(mask, 0, decides=True, unnamed=True, shown=True)]
+    because: dict[int, Term] = {}
+    opened: set[tuple[Any, ...]] = set()
+    stack = [_Visit(mask, 0, decides=True, unnamed=True, is_shown=True)]
     while stack:
-        node, depth, decides, unnamed, shown = stack.pop()
+        visit = stack.pop()
+        node, depth, decides, unnamed, is_shown = visit
         if isinstance(node, str):
             terms.append(Term(depth, node, None, "", False))
             continue
-        term = Term(depth, named_text(node), bool(values[id(node)]), _note(node, values), decides)
-        if shown:
-            terms.append(term)
         # a name is opened where it decides, to show why; the sentence keeps to the name
         is_named = depth > 0 and node.label is not None
         is_open = node.op in COMBINING and (decides or not is_named)
-        if decides and unnamed and (is_named or not is_open):
-            because.append(term)
-        if not is_open:
+        settles = decides and unnamed and (is_named or not is_open)
+        seen = is_open and visit.alike in opened
+        if is_shown or settles:
+            note = "as above" if seen else _note(node, values)
+            term = Term(depth, shown(node), bool(values[id(node)]), note, decides)
+            terms += [term] if is_shown else []
+            if settles:
+                because.setdefault(id(node), term)
+        if not is_open or seen:
             continue
+        opened.add(visit.alike)
         operands = _operands(node)
         chosen = _deciding(node, operands, values) if decides else set()
         by_weight = sorted(range(len(operands)), key=lambda i: id(operands[i]) not in chosen)
-        printed = set(by_weight[:TERMS_SHOWN])
+        printed = set(by_weight[: TERMS_SHOWN if depth < LEVELS_SHOWN else 0])
         left_out = len(operands) - len(printed)
-        if left_out and shown:
-            more = f"and {left_out} more terms"
-            stack.append(_Visit(more, depth + 1, decides=False, unnamed=False, shown=True))
+        if left_out and is_shown:
+            more = f"and {left_out} more terms" if printed else "..."
+            stack.append(_Visit(more, depth + 1, decides=False, unnamed=False, is_shown=True))
         for i, arg in reversed(list(enumerate(operands))):
             deciding = id(arg) in chosen
             if deciding or i in printed:
-                visible = shown and i in printed
+                visible = is_shown and i in printed
                 stack.append(_Visit(arg, depth + 1, deciding, unnamed and not is_named, visible))
-    return terms, because
+    return terms, list(because.values())
 
 
 def _operands(node: Expr) -> list[Expr]:
@@ -204,12 +219,15 @@ def _operands(node: Expr) -> list[Expr]:
     if node.op not in ("&", "|", "^"):
         return list(node.args)
     found: list[Expr] = []
+    seen: set[int] = set()
     stack = list(reversed(node.args))
     while stack:
         arg = stack.pop()
-        if arg.op == node.op and arg.label is None:
+        is_first = id(arg) not in seen
+        seen.add(id(arg))
+        if arg.op == node.op and arg.label is None and is_first:
             stack.extend(reversed(arg.args))
-        else:
+        elif is_first or node.op == "^":  # twice the same says no more to & and |
             found.append(arg)
     return found
 
@@ -233,7 +251,7 @@ def _note(node: Expr, values: dict[int, Any]) -> str:
         numbers = f"at [{', '.join(operands)}]"
     else:
         return ""
-    return numbers if node.label is None else f"{shorten(formula(node), TEXT_WIDTH)}: {numbers}"
+    return numbers if node.label is None else f"{formula(node, TEXT_WIDTH)}: {numbers}"
 
 
 def _number(value: Any) -> str:

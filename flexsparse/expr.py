@@ -1,14 +1,14 @@
 """Index expressions and masks over them: the one definition every reading is made from.
 
 An expression is an immutable tree. It has no length, device or head count. `Expr.steps` flattens
-the tree to a list in which each distinct sub-expression stands once; equality, hashing and every
-reading (tensors, intervals, text, lowered code) walk lists, so none of them recurses.
+the tree to a list in which each distinct sub-expression stands once; equality, hashing, pickling
+and every reading (tensors, intervals, text, lowered code) walk lists, so none of them recurses.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
 
@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from flexsparse.errors import MaskError
-from flexsparse.tensors import TENSOR_READING as TENSOR_READING
-from flexsparse.tensors import Opaque
-from flexsparse.tensors import Table as Table
+from flexsparse.tensors import TENSOR_READING, Opaque, Table
+from flexsparse.walks import postorder, rewritten
 
 if TYPE_CHECKING:
     from flexsparse.checks import Check
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
 
 VARIABLES = ("b", "h", "q_idx", "kv_idx")
 INT_LIMIT = 2**61  # constants beyond this could overflow int64 in the analysis
+INT32_MAX = 2**31 - 1  # kernels count in int32
 
 Value = TypeVar("Value")
 
@@ -60,6 +60,15 @@ class Expr:
         return tuple(numbered)
 
     @functools.cached_property
+    def spent(self) -> tuple[tuple[int, ...], ...]:
+        """For each step, the steps whose results no later one reads."""
+        last_reader = {i: place for place, step in enumerate(self.steps) for i in step.operands}
+        spent: list[list[int]] = [[] for _ in self.steps]
+        for i, place in last_reader.items():
+            spent[place].append(i)
+        return tuple(map(tuple, spent))
+
+    @functools.cached_property
     def _hash(self) -> int:
         return hash(self.steps)
 
@@ -76,10 +85,21 @@ class Expr:
         return tuple(table for tables in read for table in tables)
 
     @property
+    def device(self) -> torch.device | None:
+        """Where the tensors are that the expression reads; None if it reads none."""
+        return next((table.tensor.device for table in self.tables), None)
+
+    @property
     def opaque_operators(self) -> tuple[str, ...]:
         """The operators that the analysis has no rule for: exact all the same, only slower."""
         payloads = [step.payload for step in self.steps]
         return tuple(dict.fromkeys(x.name for x in payloads if isinstance(x, Opaque)))
+
+    def over(self, args: tuple[Expr, ...]) -> Expr:
+        """The same operator over other operands; it has no label, which would name what it was."""
+        if all(new is old for new, old in zip(args, self.args, strict=True)):
+            return self
+        return type(self)(self.op, args, self.payload)
 
     def __eq__(self, other: object) -> bool:
         if self is other:
@@ -90,6 +110,16 @@ class Expr:
 
     def __hash__(self) -> int:
         return self._hash
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # flat, because pickle and copy recurse; without the hash, which each process has its own of
+        places: dict[int, int] = {}
+        nodes = []
+        for node in postorder(self):
+            places[id(node)] = len(places)
+            operands = tuple(places[id(arg)] for arg in node.args)
+            nodes.append((type(node), node.op, operands, node.payload, node.label))
+        return _from_nodes, (nodes,)
 
     def __str__(self) -> str:
         from flexsparse.text import formula
@@ -104,33 +134,40 @@ def _reads(payload: Any) -> bool:
     return isinstance(payload, (Table, Opaque))
 
 
-def postorder(root: Expr) -> Iterator[Expr]:
-    """Every node object once, operands before the node that uses them."""
-    seen: set[int] = set()
-    stack = [(root, False)]
-    while stack:
-        node, expanded = stack.pop()
-        if expanded:
-            yield node
-        elif id(node) not in seen:
-            seen.add(id(node))
-            stack.append((node, True))
-            stack.extend((arg, False) for arg in reversed(node.args))
+def _from_nodes(nodes: Sequence[tuple[type[Expr], str, tuple[int, ...], Any, str | None]]) -> Expr:
+    """The expression that `Expr.__reduce__` took apart."""
+    built: list[Expr] = []
+    for kind, op, operands, payload, label in nodes:
+        built.append(kind(op, tuple(built[i] for i in operands), payload, label))
+    return built[-1]
 
 
 def evaluate(
     expr: Expr, variables: Mapping[str, Value], reading: Mapping[str, Callable[..., Value]]
 ) -> Value:
     """Read an expression: `reading` says what operators mean, `variables` what b, h, ... are."""
-    values: list[Value] = []
-    for op, operands, payload, _ in expr.steps:
+    values: dict[int, Value] = {}
+    for place, (op, operands, payload, _) in enumerate(expr.steps):
         if op in VARIABLES:
-            values.append(variables[op])
+            values[place] = variables[op]
         elif payload is None:
-            values.append(reading[op](*[values[i] for i in operands]))
+            values[place] = reading[op](*[values[i] for i in operands])
         else:
-            values.append(reading[op](payload, *[values[i] for i in operands]))
-    return values[-1]
+            values[place] = reading[op](payload, *[values[i] for i in operands])
+        # thousands of results would not fit in memory at once
+        for i in expr.spent[place]:
+            del values[i]
+    return values[len(expr.steps) - 1]
+
+
+def kept_at(mask: Mask, places: Mapping[str, Tensor]) -> Tensor:
+    """Which places of b, h, q_idx and kv_idx a mask keeps, exactly: computed where its tables are.
+
+    Places and result are on the CPU.
+    """
+    device = mask.device or torch.device("cpu")
+    there = {name: place.to(device) for name, place in places.items()}
+    return torch.as_tensor(evaluate(mask, there, TENSOR_READING)).cpu()
 
 
 class Index(Expr):
@@ -155,13 +192,13 @@ class Index(Expr):
         return Index("*", (as_index(other), self))
 
     def __floordiv__(self, other: Index | int) -> Index:
-        return Index("//", (self, _divisor(other, f"{self} // 0")))
+        return Index("//", (self, _divisor(other, self, "//")))
 
     def __rfloordiv__(self, other: int) -> Index:
         return Index("//", (as_index(other), self))
 
     def __mod__(self, other: Index | int) -> Index:
-        return Index("%", (self, _divisor(other, f"{self} % 0")))
+        return Index("%", (self, _divisor(other, self, "%")))
 
     def __rmod__(self, other: int) -> Index:
         return Index("%", (as_index(other), self))
@@ -272,18 +309,11 @@ class Mask(Expr):
         unknown = set(variables) - set(VARIABLES)
         if unknown:
             raise MaskError(f"at() got {sorted(unknown)}; a mask reads {', '.join(VARIABLES)}.")
-        rebuilt: dict[int, Expr] = {}
-        for node in postorder(self):
-            if node.op in variables:
-                rebuilt[id(node)] = as_index(variables[node.op])
-            elif node.args:
-                args = tuple(rebuilt[id(arg)] for arg in node.args)
-                rebuilt[id(node)] = type(node)(node.op, args, node.payload)
-            else:
-                rebuilt[id(node)] = node
-        moved = rebuilt[id(self)]
-        assert isinstance(moved, Mask)
-        return moved
+
+        def moved(node: Expr, args: tuple[Expr, ...]) -> Expr:
+            return as_index(variables[node.op]) if node.op in variables else node.over(args)
+
+        return rewritten(self, moved)
 
     def to(self, device: torch.device | str) -> Mask:
         """The same mask with its tables on a device; the tables of this one stay where they are."""
@@ -292,16 +322,14 @@ class Mask(Expr):
                 f"A mask with {self.opaque_operators[0]}, which flexsparse has no rule for, cannot "
                 "be moved. Move the tensors of the mask_mod function, and trace it again."
             )
-        moved: dict[int, Expr] = {}
-        for node in postorder(self):
+
+        def moved(node: Expr, args: tuple[Expr, ...]) -> Expr:
             payload = node.payload
             if isinstance(payload, Table):
                 payload = Table(payload.tensor.to(device))
-            args = tuple(moved[id(arg)] for arg in node.args)
-            moved[id(node)] = replace(node, args=args, payload=payload)
-        result = moved[id(self)]
-        assert isinstance(result, Mask)
-        return result
+            return replace(node, args=args, payload=payload)
+
+        return rewritten(self, moved)
 
     def __and__(self, other: Mask) -> Mask:
         return Mask("&", (self, _as_mask(other, "&")))
@@ -353,9 +381,9 @@ def as_index(value: Index | int) -> Index:
     )
 
 
-def _divisor(value: Index | int, text: str) -> Index:
+def _divisor(value: Index | int, dividend: Index, op: str) -> Index:
     if isinstance(value, int) and value == 0:
-        raise MaskError(f"Division by zero: {text}. Use a divisor of 1 or more.")
+        raise MaskError(f"Division by zero: {dividend} {op} 0. Use a divisor of 1 or more.")
     return as_index(value)
 
 

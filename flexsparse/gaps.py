@@ -18,11 +18,11 @@ from flexsparse.classify import (
     ELEMENTS_AT_ONCE,
     BlockClasses,
     Grid,
-    Rectangles,
     interval_reading,
 )
-from flexsparse.expr import Mask, evaluate
+from flexsparse.expr import Mask, evaluate, kept_at
 from flexsparse.interval import Interval, Truth
+from flexsparse.rectangles import Rectangles
 
 GROUPS = 8  # parts of a block bounded as one
 WITNESSES = 16  # places looked at in a line of a block before all of it is
@@ -191,12 +191,11 @@ def _bounds(
 
 def _keeps_any(mask: Mask, side: _Side, plane: Tensor, token: Tensor, across: Tensor) -> Tensor:
     """Whether any pair of a token [n] with those across from it [n, m] is kept: bool [n]."""
-    device = next((t.tensor.device for t in mask.tables), torch.device("cpu"))
     heads = torch.tensor(side.grid.heads)
     mine, other = token[:, None] + side.offset, across + side.across_offset
     q, kv = (other, mine) if side.is_key else (mine, other)
     b, h = (plane // len(heads))[:, None], heads[plane % len(heads)][:, None]
-    kept = mask(*(x.to(device) for x in (b, h, q, kv))).cpu()
+    kept = kept_at(mask, {"b": b, "h": h, "q_idx": q, "kv_idx": kv})
     return kept.expand(across.shape).any(1)
 
 
@@ -206,23 +205,13 @@ def _blocks_of(
     """The blocks of some lines: (place of the line among the open ones, column, place in line)."""
     wanted = torch.zeros(side.grid.planes * side.lines, dtype=torch.bool)
     wanted[lines] = True
-    run, line = _spread(rectangles.row0, rectangles.row1)
-    line = rectangles.plane[run] * side.lines + line
-    chosen = wanted[line]
-    run, line = run[chosen], line[chosen]
-    block, column = _spread(rectangles.column0[run], rectangles.column1[run])
-    line = line[block]
+    rows = rectangles.rows()
+    blocks = rows.where(wanted[rows.plane * side.lines + rows.row0]).units()
+    line, column = blocks.plane * side.lines + blocks.row0, blocks.column0
     order = torch.argsort(line * (int(column.max()) + 1 if len(column) else 1) + column)
     line, column = line[order], column[order]
     first = torch.searchsorted(line, line)
     return torch.searchsorted(open_lines, line), column, torch.arange(len(line)) - first
-
-
-def _spread(start: Tensor, stop: Tensor) -> tuple[Tensor, Tensor]:
-    """Every number of each range start..stop, with the place of its range: (place, number)."""
-    n = stop - start
-    place = torch.repeat_interleave(torch.arange(len(n)), n)
-    return place, torch.arange(len(place)) - (n.cumsum(0) - n - start)[place]
 
 
 def _ranges(unused: Tensor, open_lines: Tensor, used: Tensor, side: _Side) -> Ranges:

@@ -21,6 +21,7 @@ from flexsparse.heads import PerHead
 from flexsparse.launch import LARGE_GRID, Launch
 from flexsparse.normal_form import sink_and_window
 from flexsparse.packing import PackedHeads, PackedTokens
+from flexsparse.text import shown
 from flexsparse.unify import structure, unify
 from flexsparse.validate import problem
 
@@ -62,7 +63,7 @@ def _launch(
     for variable, name, given in (("b", "batch", whole.batch), ("h", "n_heads", whole.heads)):
         if variable in mask.variables and not given:
             raise MaskError(
-                f"The mask reads {variable}, so blocks differ: give {name}=... ({mask})"
+                f"The mask reads {variable}, so blocks differ: give {name}=... ({shown(mask)})"
             )
     grid = whole._replace(
         batch=whole.batch if "b" in mask.variables else 1,
@@ -129,7 +130,7 @@ def _unified(group: Sequence[Launch], whole: Grid) -> Launch:
         of_numbers = {x: _streaming(*x, tokens) for x in dict.fromkeys(streams.values())}
         masks = {head: of_numbers[streams[head]] for head in heads}
     mask = unify({head: masks[head] for head in heads}, device)
-    names = list(dict.fromkeys(launch.mask.name for launch in group))
+    names = list(dict.fromkeys(shown(launch.mask) for launch in group))
     batch = whole.batch if "b" in mask.variables else 1
     grid = whole._replace(batch=batch, heads=heads)
     places = {head: place for place, head in enumerate(heads)}

@@ -9,6 +9,7 @@ import torch
 
 from flexsparse.errors import MaskError
 from flexsparse.expr import Mask, h, lookup
+from flexsparse.text import shown
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class PerHead:
 
     def __str__(self) -> str:
         lines = [
-            f"  {mask.name}   {head_ranges(self.heads_of(place))}"
+            f"  {shown(mask)}   {head_ranges(self.heads_of(place))}"
             for place, mask in enumerate(self.distinct)
         ]
         return f"PerHead: {self.n_heads} heads, {len(self.distinct)} distinct masks\n" + "\n".join(

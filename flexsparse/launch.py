@@ -15,14 +15,14 @@ from flexsparse.blocks import CompactBlockMask, block_mask, write_kept_blocks
 from flexsparse.classify import BlockClasses, Grid
 from flexsparse.cost import Cost, cost
 from flexsparse.default_device import cpu_by_default
-from flexsparse.dropout import Dropout, ScoreMod
+from flexsparse.dropout import Dropout
 from flexsparse.executors import blockwise, flash, flex, gather, sdpa, streaming
 from flexsparse.expr import Mask
 from flexsparse.hints import kernel_options
-from flexsparse.lower import Lowering, MaskMod, lowering
+from flexsparse.lower import Lowering, lowering
 from flexsparse.needed import needed
 from flexsparse.packing import PackedTokens
-from flexsparse.tensors import Opaque
+from flexsparse.tensors import MaskMod, Opaque, ScoreMod
 from flexsparse.validate import needs_int64
 
 LARGE_GRID = 1 << 22  # blocks; lists of 16 MB

@@ -19,12 +19,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flexsparse.expr import VARIABLES, Index, Mask, Table, postorder
-from flexsparse.tensors import Opaque
-
-MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-INT32_MAX = 2**31 - 1
-CASTS = ("narrow", "float", "truncate")
+from flexsparse.expr import INT32_MAX, VARIABLES, Index, Mask
+from flexsparse.tensors import CASTS, MaskMod, Opaque, Table
+from flexsparse.text import shown
+from flexsparse.walks import postorder
 
 
 class Lowering(NamedTuple):
@@ -158,7 +156,7 @@ class LoweredMask:
 
     def __repr__(self) -> str:
         mask, device, q_offset, _ = self._arguments
-        return f"mask_mod of {mask.name}, query row 0 at position {q_offset}, on {device}"
+        return f"mask_mod of {shown(mask)}, query row 0 at position {q_offset}, on {device}"
 
 
 TEXT_READING = {

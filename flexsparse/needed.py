@@ -6,21 +6,20 @@ decided which blocks are kept; where the diagonal cuts one, it is true throughou
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
-from flexsparse.classify import BlockClasses, Rectangles, bound_cells, interval_reading
+from flexsparse.classify import BlockClasses, bound_cells, interval_reading
 from flexsparse.expr import Mask, everything
+from flexsparse.walks import conjuncts
 
 MOST_BLOCKS = 1 << 16  # beyond so many PARTIAL blocks the proof would cost more than it saves
 
 
 def needed(mask: Mask, classes: BlockClasses) -> Mask:
     """The mask without the terms of its conjunction that are true in all of its PARTIAL blocks."""
-    terms = _conjunction(mask)
+    terms = conjuncts(mask)
     if len(terms) == 1 or not 0 < classes.partial.blocks <= MOST_BLOCKS:
         return mask
-    cells = _blocks(classes.partial)
+    blocks = classes.partial.units()
+    cells = [blocks.plane, blocks.row0, blocks.column0]
     kept = []
     for term in terms:
         always, _ = bound_cells(term, interval_reading(term), classes.grid, cells, 1)
@@ -32,30 +31,3 @@ def needed(mask: Mask, classes: BlockClasses) -> Mask:
     for term in kept[1:]:
         result = result & term
     return result
-
-
-def _conjunction(mask: Mask) -> list[Mask]:
-    """The masks that `&` combines, in order."""
-    terms: list[Mask] = []
-    stack = [mask]
-    while stack:
-        node = stack.pop()
-        if node.op == "&":
-            stack += [arg for arg in reversed(node.args) if isinstance(arg, Mask)]
-        else:
-            terms.append(node)
-    return terms
-
-
-def _blocks(rectangles: Rectangles) -> list[Tensor]:
-    """The blocks of rectangles, one by one: their planes, rows and columns."""
-    height = rectangles.row1 - rectangles.row0
-    width = rectangles.column1 - rectangles.column0
-    sizes = height * width
-    which = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
-    place = torch.arange(len(which)) - (sizes.cumsum(0) - sizes)[which]
-    return [
-        rectangles.plane[which],
-        rectangles.row0[which] + place // width[which],
-        rectangles.column0[which] + place % width[which],
-    ]

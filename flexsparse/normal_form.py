@@ -10,10 +10,12 @@ Recognition goes by this form and not by how the mask was written, so `causal & 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from flexsparse.expr import Expr, Mask, Table
+from flexsparse.expr import Expr, Mask
+from flexsparse.tensors import Table
+from flexsparse.walks import postorder
 
 FAR = 1 << 62  # no bound
 MAX_TERMS = 16
@@ -49,9 +51,38 @@ class Term(NamedTuple):
         return self.key_hi < max(self.key_lo, 0) or self.far_hi < self.far_lo
 
 
-def terms(mask: Mask) -> tuple[Term, ...] | None:
+Union = tuple[Term, ...]
+
+
+class Line(NamedTuple):
+    """The index expression q * q_idx + kv * kv_idx + constant."""
+
+    q: int
+    kv: int
+    constant: int
+
+
+def terms(mask: Mask) -> Union | None:
     """The mask as a union of terms, or None if it is not one (or one of very many)."""
-    return _terms(mask, True)
+    lines: dict[int, Line | None] = {}
+    unions: dict[tuple[int, bool], Union | None] = {}
+    for node in postorder(mask):
+        if isinstance(node, Mask):
+            for wanted in (True, False):
+                unions[id(node), wanted] = _union(node, wanted, unions, lines)
+        else:
+            lines[id(node)] = _line(node, lines)
+    return unions[id(mask), True]
+
+
+def documents_of(node: Expr) -> Table | None:
+    """The table whose entries at q_idx and at kv_idx a comparison wants to be equal, if it does."""
+    if node.op != "==" or any(len(arg.args) != 1 for arg in node.args):
+        return None
+    a, b = node.args
+    readers = {(a.op, a.args[0].op), (b.op, b.args[0].op)}
+    same = readers == {("lookup", "q_idx"), ("lookup", "kv_idx")} and a.payload == b.payload
+    return a.payload if same else None
 
 
 def sink_and_window(mask: Mask) -> tuple[int, int] | None:
@@ -72,19 +103,21 @@ def sink_and_window(mask: Mask) -> tuple[int, int] | None:
     return sink, window
 
 
-def _terms(mask: Expr, wanted: bool) -> tuple[Term, ...] | None:
-    """The terms of the mask, or with wanted=False those of its negation."""
+def _union(
+    mask: Mask,
+    wanted: bool,
+    unions: Mapping[tuple[int, bool], Union | None],
+    lines: Mapping[int, Line | None],
+) -> Union | None:
+    """The terms of the mask, or with wanted=False those of its negation, from its operands'."""
     if mask.op == "const":
         return (Term(),) if mask.payload == wanted else ()
     if mask.op == "~":
-        return _terms(mask.args[0], not wanted)
+        return unions[id(mask.args[0]), not wanted]
     if mask.op in ("&", "|"):
-        sides = [_terms(arg, wanted) for arg in mask.args]
-        if None in sides:
+        first, second = (unions[id(arg), wanted] for arg in mask.args)
+        if first is None or second is None:
             return None
-        first, second = sides
-        assert first is not None
-        assert second is not None
         if (mask.op == "|") == wanted:
             return _without_needless((*first, *second))
         both = [a.meet(b) for a in first for b in second]
@@ -92,28 +125,27 @@ def _terms(mask: Expr, wanted: bool) -> tuple[Term, ...] | None:
     if mask.op in ("<", "<="):
         small, large = mask.args if wanted else reversed(mask.args)
         strict = (mask.op == "<") == wanted
-        difference = _linear(small, large)
-        return None if difference is None else _at_most(*difference, -1 if strict else 0)
+        difference = _difference(lines[id(small)], lines[id(large)])
+        return None if difference is None else _at_most(difference, -1 if strict else 0)
     if mask.op == "==" and wanted:
-        a, b = mask.args
-        readers = {(a.op, a.args[0].op) if a.args else a.op for a in (a, b) if len(a.args) == 1}
-        if readers == {("lookup", "q_idx"), ("lookup", "kv_idx")} and a.payload == b.payload:
-            return (Term(documents=a.payload),)
-        difference = _linear(a, b)
-        if difference is None:
+        table = documents_of(mask)
+        if table is not None:
+            return (Term(documents=table),)
+        a, b = (lines[id(arg)] for arg in mask.args)
+        ahead, behind = _difference(a, b), _difference(b, a)
+        if ahead is None or behind is None:
             return None
-        q, kv, constant = difference
-        below, above = _at_most(q, kv, constant, 0), _at_most(-q, -kv, -constant, 0)
+        below, above = _at_most(ahead, 0), _at_most(behind, 0)
         return None if not below or not above else _met(below[0], above[0])
     return None
 
 
-def _met(a: Term, b: Term) -> tuple[Term, ...] | None:
+def _met(a: Term, b: Term) -> Union | None:
     both = a.meet(b)
     return None if both is None else _without_needless([both])
 
 
-def _without_needless(union: Iterable[Term]) -> tuple[Term, ...] | None:
+def _without_needless(union: Iterable[Term]) -> Union | None:
     """The union without empty terms and without those that lie inside another."""
     kept: list[Term] = []
     for term in union:
@@ -124,34 +156,34 @@ def _without_needless(union: Iterable[Term]) -> tuple[Term, ...] | None:
     return tuple(kept) if len(kept) <= MAX_TERMS else None
 
 
-def _linear(a: Expr, b: Expr) -> tuple[int, int, int] | None:
-    """What a - b is: (of q_idx, of kv_idx, constant), or None if not linear in them."""
-    sides = [_coefficients(a), _coefficients(b)]
-    if sides[0] is None or sides[1] is None:
-        return None
-    q, kv, constant = (x - y for x, y in zip(*sides, strict=True))
-    return q, kv, constant
-
-
-def _coefficients(index: Expr) -> tuple[int, int, int] | None:
+def _line(index: Expr, lines: Mapping[int, Line | None]) -> Line | None:
+    """An index expression as a Line, from its operands'; None if it is not linear."""
     if index.op == "const":
-        return 0, 0, int(index.payload)
+        return Line(0, 0, int(index.payload))
     if index.op in ("q_idx", "kv_idx"):
-        return int(index.op == "q_idx"), int(index.op == "kv_idx"), 0
+        return Line(int(index.op == "q_idx"), int(index.op == "kv_idx"), 0)
     if index.op not in ("+", "-", "*"):
         return None
-    a, b = (_coefficients(arg) for arg in index.args)
+    a, b = (lines[id(arg)] for arg in index.args)
     if a is None or b is None:
         return None
-    if index.op == "*":
-        a, b = (a, b) if b[:2] == (0, 0) else (b, a)
-        return None if b[:2] != (0, 0) else (a[0] * b[2], a[1] * b[2], a[2] * b[2])
-    sign = 1 if index.op == "+" else -1
-    return a[0] + sign * b[0], a[1] + sign * b[1], a[2] + sign * b[2]
+    if index.op == "-":
+        return _difference(a, b)
+    if index.op == "+":
+        return Line(*(x + y for x, y in zip(a, b, strict=True)))
+    a, b = (a, b) if b[:2] == (0, 0) else (b, a)
+    return Line(*(x * b.constant for x in a)) if b[:2] == (0, 0) else None
 
 
-def _at_most(q: int, kv: int, constant: int, bound: int) -> tuple[Term, ...] | None:
-    """The terms of q * q_idx + kv * kv_idx + constant <= bound."""
+def _difference(a: Line | None, b: Line | None) -> Line | None:
+    if a is None or b is None:
+        return None
+    return Line(*(x - y for x, y in zip(a, b, strict=True)))
+
+
+def _at_most(line: Line, bound: int) -> Union | None:
+    """The terms of line <= bound."""
+    q, kv, constant = line
     room = bound - constant
     if q == kv == 0:
         return (Term(),) if room >= 0 else ()

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from flexsparse.classify import Grid
-from flexsparse.dropout import ScoreMod
-from flexsparse.expr import Index, Mask, kv_idx, lookup, maximum, minimum, postorder, q_idx
+from flexsparse.expr import Index, Mask, kv_idx, lookup, maximum, minimum, q_idx
 from flexsparse.heads import PerHead
 from flexsparse.lower import padded
+from flexsparse.tensors import ScoreMod
+from flexsparse.text import shown
+from flexsparse.walks import postorder
 
 # Sequence numbers are multiples of it: padding of queries and of keys gets numbers between, so that
 # it equals nothing, and a block that ends in padding is still told from those of other sequences.
@@ -128,7 +130,7 @@ class PackedTokens:
             else:
                 placed[id(node)] = self._term(node)
         mine: Mask = lookup(self.q_owner, q_idx).equals(lookup(self.kv_owner, kv_idx))
-        return (mine & placed[id(mask)]).named(f"{mask.name} in {self.n_sequences} sequences")
+        return (mine & placed[id(mask)]).named(f"{shown(mask)} in {self.n_sequences} sequences")
 
     def _term(self, term: Mask) -> Mask:
         """A comparison, or an entry of a table, as one of places in the packs."""

@@ -16,7 +16,7 @@ from flexsparse.expr import Mask, everything
 from flexsparse.heads import PerHead, head_ranges, per_head
 from flexsparse.parser import parse
 from flexsparse.plan_json import grouped
-from flexsparse.text import formula
+from flexsparse.text import formula, shown
 
 Head = Mask | str | None  # a text only where it reads the number of keys
 Layer = tuple[Head, ...] | None
@@ -212,8 +212,8 @@ def _head(head: Head, place: str) -> Head:
         )
     if mask is not None and "b" in mask.variables:
         raise MaskError(
-            f"SparsePlan, {place}: {mask.name} reads the batch row b, which a plan does not know. "
-            "Padding and packing are the model's own, and stay as they are."
+            f"SparsePlan, {place}: {shown(mask)} reads the batch row b, which a plan does not "
+            "know. Padding and packing are the model's own, and stay as they are."
         )
     return head if isinstance(head, str) and READS_LENGTH.search(head) else mask
 
@@ -228,7 +228,7 @@ def _text(head: Head, place: str) -> str | None:
         except MaskError:
             pass
     raise MaskError(
-        f"The mask of {place} cannot be saved: {head.name} reads a tensor or was traced, and no "
+        f"The mask of {place} cannot be saved: {shown(head)} reads a tensor or was traced, and no "
         "text gives it back. Write it with the patterns of flexsparse.masks."
     )
 
@@ -237,4 +237,4 @@ def _shown(head: Head) -> str:
     """A head's mask in words."""
     if head is None:
         return "as the model has it"
-    return head.name if isinstance(head, Mask) else head
+    return shown(head) if isinstance(head, Mask) else head

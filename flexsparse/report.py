@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from flexsparse.cost import bytes_text, flops_text
 from flexsparse.executors import flex
 from flexsparse.heads import head_ranges
+from flexsparse.text import named_text
 
 if TYPE_CHECKING:
     from flexsparse.compiler import CompiledMask
@@ -33,7 +34,7 @@ def text(compiled: CompiledMask) -> str:
         rows.append(
             (
                 "all" if compiled.n_heads is None else head_ranges(launch.heads).split(" ", 1)[1],
-                shorten(launch.mask.name, NAME_WIDTH),
+                named_text(launch.mask, NAME_WIDTH),
                 launch.usual_executor,
                 f"{of_launch.blocks:,}",
                 f"{classes.full.blocks * of_launch.blocks // max(classes.blocks, 1):,}",
@@ -53,7 +54,7 @@ def text(compiled: CompiledMask) -> str:
         else f"{evaluated:,} blocks evaluated element by element, the rest proved"
     )
     closing = [
-        f"No rule for {', '.join(operators)}: blocks of {shorten(launch.mask.name, NAME_WIDTH)} "
+        f"No rule for {', '.join(operators)}: blocks of {named_text(launch.mask, NAME_WIDTH)} "
         "are settled by looking at their elements."
         for launch in compiled.launches
         if (operators := launch.mask.opaque_operators)
@@ -85,8 +86,3 @@ def table(rows: list[tuple[str, ...]]) -> list[str]:
         ).rstrip()
         for row in rows
     ]
-
-
-def shorten(text: str, width: int) -> str:
-    """A text cut to a width, with an ellipsis where something is left out."""
-    return text if len(text) <= width else text[: width - 3] + "..."

@@ -11,23 +11,31 @@ from torch import Tensor
 
 from flexsparse.errors import MaskError
 
+# FlexAttention's functions: of (b, h, q_idx, kv_idx), and of (score, b, h, q_idx, kv_idx)
+MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+CASTS = ("narrow", "float", "truncate")  # operators whose payload is a dtype
+
 
 class Table:
     """A tensor read by `lookup`: compared by content, and watched for in-place changes.
 
     Args:
         tensor: what is read; kept, not copied.
-        origins: the tensors it was computed from, watched with it.
+        origins: the tensors it was computed from, watched with it and with theirs.
     """
 
     def __init__(self, tensor: Tensor, origins: tuple[Table, ...] = ()) -> None:
         self.tensor = tensor
-        self.origins = origins
+        # flat, and each once: a loop computes tensors from tensors that are computed
+        reached = (x for origin in origins for x in (*origin.origins, origin))
+        self.origins: tuple[Table, ...] = tuple({id(x): x for x in reached}.values())
         self._version = self._current_version()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # the count of writes starts anew in a loaded tensor
-        return Table, (self.tensor, self.origins)
+        # the count of writes starts anew in a loaded tensor; origins know all of theirs already
+        return Table, (self.tensor, tuple(Table(x.tensor) for x in self.origins))
 
     def _current_version(self) -> int | None:
         # inference tensors do not count their versions
@@ -36,9 +44,7 @@ class Table:
     @property
     def changed(self) -> bool:
         """Whether the tensor was written to after the expression was made."""
-        if self._current_version() != self._version:
-            return True
-        return any(origin.changed for origin in self.origins)
+        return any(x._current_version() != x._version for x in (self, *self.origins))
 
     @property
     def is_copy(self) -> bool:

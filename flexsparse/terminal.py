@@ -9,9 +9,10 @@ from typing import NamedTuple, TextIO
 import torch
 from torch import Tensor
 
-from flexsparse.classify import BlockClasses, Grid, Rectangles
+from flexsparse.classify import BlockClasses, Grid
 from flexsparse.compiler import CompiledMask
-from flexsparse.expr import Mask
+from flexsparse.expr import Mask, kept_at
+from flexsparse.rectangles import Rectangles
 
 ELEMENTS_UP_TO = 64  # tokens; shorter masks are drawn element by element
 MOST_COLUMNS = 64
@@ -85,12 +86,10 @@ def picture(compiled: CompiledMask, ink: Ink, width: int | None = None) -> str:
 
 def elements(mask: Mask, grid: Grid) -> Tensor:
     """bool[q_len, kv_len]: which elements a mask keeps in head 0 of batch row 0."""
-    device = next((table.tensor.device for table in mask.tables), torch.device("cpu"))
-    q_idx = torch.arange(grid.q_len, device=device)[:, None] + grid.q_offset
-    kv_idx = torch.arange(grid.kv_len, device=device)[None]
-    zero = torch.zeros((), dtype=torch.int64, device=device)
-    kept: Tensor = mask(zero, zero, q_idx, kv_idx)
-    return kept.expand(grid.q_len, grid.kv_len).cpu()
+    zero = torch.tensor(0)
+    q_idx = torch.arange(grid.q_len)[:, None] + grid.q_offset
+    places = {"b": zero, "h": zero, "q_idx": q_idx, "kv_idx": torch.arange(grid.kv_len)}
+    return kept_at(mask, places).expand(grid.q_len, grid.kv_len)
 
 
 def pooled_states(classes: BlockClasses, rows: int, columns: int) -> Tensor:
@@ -110,9 +109,9 @@ def pooled_states(classes: BlockClasses, rows: int, columns: int) -> Tensor:
 def _blocks_in_pools(rectangles: Rectangles, row_edges: Tensor, column_edges: Tensor) -> Tensor:
     """How many blocks of the rectangles lie in each pool: no grid of blocks is made."""
     total = torch.zeros(len(row_edges) - 1, len(column_edges) - 1, dtype=torch.float64)
-    first = Rectangles(*(x[rectangles.plane == 0] for x in rectangles))
+    first = rectangles.of_plane(0)
     for start in range(0, len(first.plane), RECTANGLES_AT_ONCE):
-        part = Rectangles(*(x[start : start + RECTANGLES_AT_ONCE] for x in first))
+        part = first.where(slice(start, start + RECTANGLES_AT_ONCE))
         high = _overlap(part.row0, part.row1, row_edges)
         wide = _overlap(part.column0, part.column1, column_edges)
         total += high.T @ wide
@@ -153,10 +152,7 @@ def _frame(states: Tensor, compiled: CompiledMask, ink: Ink) -> list[str]:
 def _block_legend(classes: BlockClasses, rows: int, columns: int, ink: Ink) -> list[str]:
     grid = classes.grid
     q_block, kv_block = grid.block_size
-    full, partial = (
-        int((x.row1 - x.row0).mul(x.column1 - x.column0)[x.plane == 0].sum())
-        for x in (classes.full, classes.partial)
-    )
+    full, partial = (x.of_plane(0).blocks for x in (classes.full, classes.partial))
     every = grid.rows * grid.columns
     if (rows, columns) == (grid.rows, grid.columns):
         meanings = ("full: no element masked", "partial: masked inside", "empty: skipped")

@@ -12,7 +12,8 @@ from collections.abc import Hashable, Mapping
 
 import torch
 
-from flexsparse.expr import Expr, Index, Mask, h, lookup, postorder
+from flexsparse.expr import Expr, Index, Mask, h, lookup
+from flexsparse.walks import postorder, rewritten
 
 
 def structure(mask: Mask) -> Hashable:
@@ -34,21 +35,21 @@ def unify(masks: Mapping[int, Mask], device: torch.device) -> Mask:
         device: where the tables of numbers go.
     """
     heads = list(masks)
-    built: dict[int, Expr] = {}
-    for nodes in zip(*(list(postorder(mask)) for mask in masks.values()), strict=True):
-        node = nodes[0]
-        if _is_number(node) and any(other.payload != node.payload for other in nodes):
-            table = torch.zeros(max(heads) + 1, dtype=torch.int64)
-            table[heads] = torch.tensor([other.payload for other in nodes])
-            if table.abs().max() < 1 << 31:
-                table = table.to(torch.int32)
-            built[id(node)] = lookup(table.to(device), h)
-        else:
-            args = tuple(built[id(arg)] for arg in node.args)
-            built[id(node)] = type(node)(node.op, args, node.payload)
-    result = built[id(node)]
-    assert isinstance(result, Mask)
-    return result
+    in_all = zip(*(postorder(mask) for mask in masks.values()), strict=True)
+    alike = {id(nodes[0]): nodes for nodes in in_all}
+
+    def unified(node: Expr, args: tuple[Expr, ...]) -> Expr:
+        numbers = [other.payload for other in alike[id(node)]]
+        if not _is_number(node) or len(set(numbers)) == 1:
+            return node.over(args)
+        table = torch.zeros(max(heads) + 1, dtype=torch.int64)
+        table[heads] = torch.tensor(numbers)
+        if table.abs().max() < 1 << 31:
+            table = table.to(torch.int32)
+        read: Index = lookup(table.to(device), h)
+        return read
+
+    return rewritten(masks[heads[0]], unified)
 
 
 def _is_number(node: Expr) -> bool:

@@ -9,22 +9,21 @@ import torch
 
 from flexsparse.classify import Grid, classify
 from flexsparse.expr import (
+    INT32_MAX,
     INT_LIMIT,
-    TENSOR_READING,
     VARIABLES,
     Expr,
     Index,
     Mask,
-    Table,
-    evaluate,
-    postorder,
+    kept_at,
 )
 from flexsparse.interval import INTERVAL_READING, Interval, table_bounds
+from flexsparse.tensors import Table
+from flexsparse.text import shown
+from flexsparse.walks import postorder
 
-INT32_MAX = 2**31 - 1
 
-
-def problem(mask: Mask, grid: Grid, device: torch.device) -> str | None:
+def problem(mask: Mask, grid: Grid, device: torch.device | None) -> str | None:
     """Why this mask cannot be compiled for this grid and device, or None if it can.
 
     Proved, not sampled: a table is read out of range, or a divisor is 0, only if some
@@ -34,8 +33,8 @@ def problem(mask: Mask, grid: Grid, device: torch.device) -> str | None:
         if table.tensor.device != device:
             return (
                 f"The table {table!r} is on {table.tensor.device} and the mask is compiled for "
-                f"{device}. Move the table with .to({str(device)!r}) before making the mask, or "
-                f"compile with device={str(table.tensor.device)!r}."
+                f"{device}. Compile mask.to({str(device)!r}), or compile with "
+                f"device={str(table.tensor.device)!r}."
             )
         if table.changed:
             return (
@@ -52,10 +51,14 @@ def problem(mask: Mask, grid: Grid, device: torch.device) -> str | None:
 
 def needs_int64(mask: Mask, grid: Grid) -> bool:
     """Whether index arithmetic may leave int32 at these lengths."""
-    return any(
-        isinstance(node, Index) and (bounds is None or max(-bounds.lo, bounds.hi) > INT32_MAX)
-        for node, bounds in whole_bounds(mask, grid)
-    )
+    return any(leaves_int32(node, bounds) for node, bounds in whole_bounds(mask, grid))
+
+
+def leaves_int32(node: Expr, bounds: Any) -> bool:
+    """Whether a sub-expression is an index that its bounds do not keep within int32."""
+    if not isinstance(node, Index):
+        return False
+    return bounds is None or bool(max(-bounds.lo, bounds.hi) > INT32_MAX)
 
 
 def whole_bounds(mask: Mask, grid: Grid) -> Iterator[tuple[Expr, Any]]:
@@ -91,7 +94,7 @@ def _suspicions(mask: Mask, grid: Grid) -> Iterator[tuple[Mask, str]]:
         if isinstance(node, Index) and not unknown and max(-bound.lo, bound.hi) >= INT_LIMIT:
             yield (
                 Mask("const", payload=True),
-                f"{node} may leave int64 at these lengths (its bounds are {bound.lo} and "
+                f"{shown(node)} may leave int64 at these lengths (its bounds are {bound.lo} and "
                 f"{bound.hi}), for example",
             )
         if node.op in ("//", "%"):
@@ -99,7 +102,7 @@ def _suspicions(mask: Mask, grid: Grid) -> Iterator[tuple[Mask, str]]:
             assert isinstance(divisor, Index)
             about = bounds[id(divisor)]
             if about is None or about.lo <= 0 <= about.hi:
-                yield divisor.equals(0), f"The divisor of {node} is 0"
+                yield divisor.equals(0), f"The divisor of {shown(node)} is 0"
         if isinstance(node.payload, Table):
             for dim, index in enumerate(node.args):
                 size = node.payload.tensor.shape[dim]
@@ -114,7 +117,7 @@ def _suspicions(mask: Mask, grid: Grid) -> Iterator[tuple[Mask, str]]:
                     yield (
                         (index < 0) | (index >= size),
                         f"The table {node.payload!r} is read out of range: dimension {dim} has "
-                        f"{size} entries, and the index {index} {reach}{negative}. "
+                        f"{size} entries, and the index {shown(index)} {reach}{negative}. "
                         "Make the table longer, or bound the index with minimum and maximum. It "
                         "is out of range",
                     )
@@ -132,9 +135,8 @@ def find(mask: Mask, grid: Grid) -> tuple[int, int, int, int] | None:
         kv = torch.arange(kv0, min(kv0 + kv_block, grid.kv_len))
         b, head = divmod(int(rectangles.plane[0]), len(grid.heads))
         h = grid.heads[head]
-        device = next((t.tensor.device for t in mask.tables), torch.device("cpu"))
-        variables = {"b": b, "h": h, "q_idx": q.to(device), "kv_idx": kv.to(device)}
-        kept = torch.as_tensor(evaluate(mask, variables, TENSOR_READING))
+        places = {"b": torch.tensor(b), "h": torch.tensor(h), "q_idx": q, "kv_idx": kv}
+        kept = kept_at(mask, places)
         row, column = kept.expand(len(q), len(kv)).nonzero()[0].tolist()
         return b, h, int(q[row]), int(kv[column])
     return None

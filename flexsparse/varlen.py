@@ -16,11 +16,12 @@ from torch import Tensor
 from flexsparse.compiler import CompiledMask, compile_mask
 from flexsparse.cu_seqlens import first_positions, lengths
 from flexsparse.default_device import cpu_by_default
-from flexsparse.dropout import ScoreMod, is_kept
+from flexsparse.dropout import is_kept
 from flexsparse.errors import MaskError
 from flexsparse.expr import Mask, everything
 from flexsparse.heads import PerHead
 from flexsparse.packing import Pack, PackedTokens
+from flexsparse.tensors import ScoreMod
 
 PLANS_KEPT = 64
 

@@ -5,8 +5,10 @@ from oracles import dense, dense_classes, grids, indices, masks, painted
 
 from flexsparse import b, h, kv_idx, lookup, q_idx
 from flexsparse.classify import CELLS_TO_BEGIN_WITH, Grid, classify
-from flexsparse.expr import TENSOR_READING, VARIABLES, Mask, evaluate
+from flexsparse.expr import VARIABLES, Mask, evaluate
 from flexsparse.masks import causal, full, sink, window
+from flexsparse.rectangles import Rectangles
+from flexsparse.tensors import TENSOR_READING
 from flexsparse.validate import find, problem
 
 CPU = torch.device("cpu")
@@ -104,3 +106,17 @@ def test_constant_masks():
     grid = Grid(256, 256, 0, (128, 128), 1, (0,))
     assert classify(Mask("const", payload=True), grid).full.blocks == 4
     assert classify(Mask("const", payload=False), grid).blocks == 0
+
+
+def test_rectangles_are_cut_into_rows_and_blocks():
+    rectangles = Rectangles(*torch.tensor([[0, 2, 4, 1, 3], [1, 5, 6, 0, 2]]).T)
+    rows = [[0, 2, 3, 1, 3], [0, 3, 4, 1, 3], [1, 5, 6, 0, 2]]
+    assert torch.stack(rectangles.rows()).T.tolist() == rows
+    blocks = [(0, 2, 1), (0, 2, 2), (0, 3, 1), (0, 3, 2), (1, 5, 0), (1, 5, 1)]
+    units = rectangles.units()
+    found = zip(*(x.tolist() for x in (units.plane, units.row0, units.column0)), strict=True)
+    assert list(found) == blocks
+    assert (units.blocks, rectangles.blocks, rectangles.of_plane(1).blocks) == (6, 6, 2)
+    again = Rectangles.joined([rectangles.of_plane(0), rectangles.where(slice(1, 2))])
+    assert torch.equal(torch.stack(again), torch.stack(rectangles))
+    assert rectangles.where(slice(0)).units().blocks == 0

@@ -19,16 +19,17 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 import flexsparse as fs
 from flexsparse import MaskError, compile_mask, h, kv_idx, lookup, per_head, q_idx
 from flexsparse.blocks import block_mask, write_kept_blocks
-from flexsparse.classify import Grid, Rectangles, classify
+from flexsparse.classify import Grid, classify
 from flexsparse.drawing import Device, colours, compare, draw, html, paper, roofline, zoom
 from flexsparse.drawing.canvas import MOST_BYTES, canvas
-from flexsparse.drawing.density import kept_elements, unit_blocks
+from flexsparse.drawing.density import kept_elements
 from flexsparse.drawing.least_time import work
 from flexsparse.drawing.panels import ELEMENTS_EVALUATED, Panel, counted, panels
 from flexsparse.drawing.planes import Lengths, of_one_plane, planes
 from flexsparse.drawing.pools import Pools
 from flexsparse.drawing.words import percent, scaled, tokens
 from flexsparse.masks import block_sparse, causal, dilated, full, same_document, sink, window
+from flexsparse.rectangles import Rectangles
 from flexsparse.terminal import pooled_states
 
 STREAMING = causal & (sink(64) | window(256))
@@ -97,7 +98,7 @@ def test_elements_of_partial_blocks_are_counted_exactly(mask, grid):
     mask = of_one_plane(mask, grid.batch - 1, grid.heads[0])
     kept = dense(mask, grid._replace(batch=1))[0, 0]
     partial = classify(mask, grid._replace(batch=1)).partial
-    row, column = unit_blocks(partial)
+    _, row, _, column, _ = partial.units()
     counts = kept_elements(mask, grid, row, column, ENOUGH)
     q_block, kv_block = grid.block_size
     for r, c, count in zip(row.tolist(), column.tolist(), counts.tolist(), strict=True):
@@ -123,6 +124,15 @@ def test_a_million_tokens_are_counted_by_looking_at_few_blocks(mask, elements):
         # rows below the window see all keys up to their own; later ones sink and window
         elements = sum(min(p + 1, 256) + max(0, min(64, p + 1 - 256)) for p in range(MILLION))
     assert int(panel.kept.sum()) == elements
+
+
+def test_numbers_made_of_themselves_are_described_once():
+    index = q_idx % 7 + kv_idx % 5
+    for _ in range(40):
+        index = index // 2 + index
+    mask = causal & (index % 3).equals(1)
+    (panel,) = shown(mask, 512)
+    assert int(panel.kept.sum()) == int(dense(mask, panel.grid).sum())
 
 
 def test_what_takes_too_long_to_count_is_said_and_not_guessed():

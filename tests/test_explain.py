@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from oracles import dense, grids, masks
 
 from flexsparse import MaskError, explain, h, kv_idx, lookup, parse, per_head, q_idx
+from flexsparse.explanation import LEVELS_SHOWN
 from flexsparse.masks import causal, prefix, sink, window
 from flexsparse.validate import problem
 
@@ -92,6 +93,27 @@ def test_long_masks_have_short_explanations():
     assert len(found.because) == 2000
     assert "and 1984 more terms" in str(found)
     assert len(str(explain(mask, 0, 1500)).splitlines()) < 20
+
+
+def test_a_term_in_many_places_is_opened_once():
+    mask = causal
+    for i in range(40):
+        mask = mask | (mask & sink(i))
+    found = explain(mask, 3, 5)
+    assert found.sentence.endswith("(h=0, b=0), because causal is false.")
+    assert any(term.note == "as above" for term in found.terms)
+    assert len(str(found)) < 100_000
+    assert explain(mask, 5, 3)
+
+
+def test_terms_deep_inside_are_not_printed():
+    mask = causal
+    for _ in range(2000):
+        mask = ~mask
+    lines = str(explain(mask, 5, 3)).splitlines()
+    assert len(lines) == LEVELS_SHOWN + 3
+    assert lines[-1].strip() == "..."
+    assert explain(mask, 5, 3).because[0].text == "causal"
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,13 @@
+import collections
+import copy
+import functools
+import operator
+import os
+import pickle
+import subprocess
+import sys
+import weakref
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -6,6 +16,8 @@ from oracles import grids, masks
 from flexsparse import (
     MaskError,
     b,
+    compile_mask,
+    diff,
     everything,
     h,
     kv_idx,
@@ -18,6 +30,7 @@ from flexsparse import (
     per_head,
     q_idx,
 )
+from flexsparse.expr import evaluate
 from flexsparse.lower import lower
 from flexsparse.masks import causal, sink, window
 
@@ -120,6 +133,20 @@ def test_variables_and_tables():
     assert [repr(t) for t in mask.tables] == ["int64[8]"]
 
 
+def test_a_mask_is_where_its_tables_are():
+    assert causal.device is None
+    elsewhere = (lookup(TABLE, q_idx) < kv_idx).to("meta")
+    assert elsewhere.device == torch.device("meta")
+    with pytest.raises(
+        MaskError, match=r"is on meta and .* for cpu\. Compile mask\.to\('cpu'\), or"
+    ):
+        compile_mask(elsewhere, 8, 8, device="cpu")
+
+
+def test_terms_that_do_not_move_keep_their_names():
+    assert (causal & sink(64)).at(q_idx=q_idx + 1).name == "(kv_idx <= q_idx + 1) & sink(64)"
+
+
 def test_a_changed_table_is_noticed():
     ids = torch.arange(8)
     mask = lookup(ids, q_idx).equals(3)
@@ -178,6 +205,73 @@ def test_long_chains_do_not_recurse():
         mask = mask | (kv_idx.equals(i) & b.equals(0))
     assert hash(mask) == hash(mask.named("long"))
     assert mask(0, 0, torch.tensor(3), torch.tensor(9)).item()
+    assert parse(str(mask)) == pickle.loads(pickle.dumps(mask)) == mask
+    assert mask.explain(3, 9)
+    assert compile_mask(mask, 128, 128, batch=1).launches[0].classes.blocks
+
+
+class Result:
+    pass
+
+
+def test_reading_a_long_mask_holds_few_results_at_once():
+    alive, counts = weakref.WeakSet(), []
+
+    def apply(*_):
+        alive.add(result := Result())
+        counts.append(len(alive))
+        return result
+
+    mask = functools.reduce(operator.or_, (kv_idx.equals(i) for i in range(500)))
+    evaluate(mask, {"kv_idx": Result()}, collections.defaultdict(lambda: apply))
+    assert len(counts) > 1000
+    assert max(counts) < 8
+
+
+def test_long_masks_are_compiled_compared_drawn_and_moved():
+    index, mask = kv_idx, causal
+    for i in range(200):
+        index, mask = minimum(index + 1, index + 2), ~(mask & ~kv_idx.equals(3 * i))
+    mask = (mask | (index < 5)).at(kv_idx=kv_idx + 1).to("cpu")
+    attend = compile_mask(mask, 128, 256)
+    assert attend.launches[0].classes.blocks
+    assert "CompiledMask" in str(pickle.loads(pickle.dumps(attend)))
+    assert str(mask.check(128, 256)).startswith("check of")
+    assert not diff(mask, copy.deepcopy(mask), 128, 256)
+    assert "<img" in mask._repr_html_()
+
+
+ELSEWHERE = """
+import pickle, sys, torch
+from flexsparse import kv_idx, lookup, q_idx
+from flexsparse.masks import causal, window
+masks = [causal, causal & window(3), lookup(torch.arange(4), q_idx) < kv_idx]
+hash(masks[0]), hash(masks[1]), hash(masks[2])
+sys.stdout.buffer.write(pickle.dumps(masks))
+"""
+
+
+@pytest.mark.parametrize("seed", ["1", "2"])
+def test_a_mask_from_another_process_is_the_same_mask(seed):
+    environment = {**os.environ, "PYTHONHASHSEED": seed}
+    done = subprocess.run([sys.executable, "-c", ELSEWHERE], capture_output=True, env=environment)
+    loaded = pickle.loads(done.stdout)
+    assert loaded == [causal, causal & window(3), lookup(torch.arange(4), q_idx) < kv_idx]
+    assert loaded[1].name == "causal & window(3)"
+    assert len(per_head([causal, loaded[0]]).distinct) == 1
+    assert compile_mask(loaded[0], 64, 64).launches[0].usual_executor == "sdpa"
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))]
+)
+def test_copies_keep_names_and_shared_terms(copied):
+    mask = causal
+    for i in range(5000):
+        mask = mask ^ (mask & kv_idx.equals(i))
+    again = copied(mask.named("long"))
+    assert again == mask
+    assert again.name == "long"
 
 
 def test_per_head_finds_equal_masks():

@@ -15,7 +15,8 @@ CODE = sorted((ROOT / "flexsparse").rglob("*.py"))
 # each module may import those of earlier rows, and of its own row where it says so
 ORDER = [
     {"errors", "default_device"},
-    {"tensors", "bits"},
+    {"tensors", "bits", "rectangles"},
+    {"walks"},
     {"expr"},
     {"text", "heads", "pyramid", "naming", "normal_form", "unify"},
     {"parser"},

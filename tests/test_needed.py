@@ -52,6 +52,13 @@ def test_inside_partial_blocks_nothing_changes(a, other, grid):
         assert whole[place].equal(rest[place])
 
 
+def test_a_term_that_is_joined_to_itself_is_one_term():
+    mask = causal & block_sparse(BLOCKS)
+    for _ in range(40):
+        mask = mask & mask
+    assert needed(mask, classify(mask, GRID)) == causal
+
+
 def test_the_public_mask_mod_stays_whole():
     mask = causal & block_sparse(BLOCKS)
     attend = compile_mask(mask, 600, 600)

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexsparse import bit_xor, everything, from_mask_mod, h, kv_idx, lookup, nothing, q_idx
-from flexsparse.masks import causal, same_document, sink, window
-from flexsparse.normal_form import FAR, sink_and_window, terms
+from flexsparse.masks import causal, same_document, sink, vertical_stripe, window
+from flexsparse.normal_form import FAR, Term, sink_and_window, terms
 from flexsparse.unify import structure, unify
 
 LENGTH = 12
@@ -88,6 +88,29 @@ def test_a_streaming_mask_is_its_sink_and_window(mask):
 )
 def test_streaming_is_recognised_however_it_is_written(mask, expected):
     assert sink_and_window(mask) == expected
+
+
+def of_the_last_keys(b, h, q_idx, kv_idx):
+    keep = kv_idx <= q_idx
+    for i in range(1, 40):
+        keep = keep | (keep & (q_idx - kv_idx < i))
+    return keep
+
+
+def test_terms_that_are_used_again_are_not_looked_at_again():
+    assert sink_and_window(from_mask_mod(of_the_last_keys)) == (0, FAR)
+    distance = q_idx - kv_idx
+    for _ in range(50):
+        distance = distance + distance
+    assert terms(distance <= 3) == (Term(far_hi=0),)
+
+
+def test_long_masks_and_long_sums_are_recognised():
+    index, mask = kv_idx, causal
+    for _ in range(2000):
+        index, mask = index + 1, ~mask
+    assert terms(mask & (index < 2004)) == (Term(key_hi=3, far_lo=0),)
+    assert terms(vertical_stripe(range(0, 1000, 2))) is None
 
 
 def test_documents_are_recognised_and_other_lookups_are_not():

@@ -1,7 +1,11 @@
+import functools
+import operator
+
 import pytest
 
-from flexsparse import MaskError, kv_idx, masks, parse, q_idx
+from flexsparse import MaskError, compile_mask, kv_idx, masks, parse, per_head, q_idx
 from flexsparse.masks import causal, sink, window
+from flexsparse.text import LONGEST, formula, shown
 
 NAMES = vars(masks)
 READS = [
@@ -52,3 +56,27 @@ def test_only_text_is_parsed():
 def test_nothing_is_called_that_was_not_handed_in():
     with pytest.raises(MaskError, match="unknown name 'causal'"):
         parse("causal")
+
+
+def test_a_long_text_is_read_back():
+    mask = functools.reduce(operator.or_, (kv_idx.equals(7 * i) for i in range(5000)))
+    assert parse(str(mask)) == mask
+
+
+def test_a_text_that_doubles_with_each_term_is_cut():
+    mask = causal
+    for i in range(300):
+        mask = mask | (mask & sink(i))
+    assert len(str(mask)) == len(mask.name) == LONGEST
+    assert mask.name.startswith("causal | causal & sink(0) | (causal | causal & sink(0)) & sink(1)")
+    assert mask.name.endswith("...")
+    assert formula(mask, 20) == str(mask)[:17] + "..."
+    for text in (str(compile_mask(mask, 256, 256)), str(per_head([mask])), shown(mask)):
+        assert len(text) < 2000
+
+
+def test_dividing_does_not_write_the_dividend():
+    index = q_idx
+    for _ in range(300):
+        index = index // 2 + index % 3
+    assert len(str(index)) == LONGEST

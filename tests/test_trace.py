@@ -1,3 +1,5 @@
+import pickle
+
 import mask_mods
 import pytest
 import torch
@@ -178,6 +180,28 @@ BAD = [
 def test_what_is_no_mask_mod_is_refused_with_the_reason(mask_mod, text):
     with pytest.raises(MaskError, match="(?s)" + text):
         from_mask_mod(mask_mod)
+
+
+def in_place(y, table):
+    y += table
+    return y
+
+
+@pytest.mark.parametrize("step", [lambda y, table: (y + y) % 9, in_place])
+def test_tables_made_in_a_loop_are_watched(step):
+    table = torch.arange(8)
+
+    def mask_mod(b, h, q, k):
+        y = table + 1
+        for _ in range(1500):
+            y = step(y, table)
+        return y[q % 8] < k
+
+    mask = from_mask_mod(mask_mod)
+    assert compile_mask(mask, 8, 8).tables == pickle.loads(pickle.dumps(mask)).tables
+    assert not mask.tables[0].changed
+    table += 1
+    assert mask.tables[0].changed
 
 
 @pytest.mark.parametrize(

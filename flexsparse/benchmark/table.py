@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from flexsparse.benchmark.measure import OURS, Row
 from flexsparse.drawing.words import tokens
-from flexsparse.report import NAME_WIDTH, shorten, table
+from flexsparse.report import NAME_WIDTH, table
+from flexsparse.text import shorten
 
 BARS = 40  # characters of the longest
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from flexsparse.expr import Mask
 from flexsparse.heads import PerHead, per_head
-from flexsparse.lower import MaskMod
 from flexsparse.masks import block_sparse, causal, neighborhood, same_document, sink, window
+from flexsparse.tensors import MaskMod
 
 K = 1024
 BLOCK = 128

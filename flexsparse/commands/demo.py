@@ -25,7 +25,8 @@ from flexsparse.expr import Mask
 from flexsparse.heads import per_head
 from flexsparse.masks import causal, sink, window
 from flexsparse.progress import Progress
-from flexsparse.report import shorten, table
+from flexsparse.report import table
+from flexsparse.text import named_text
 
 ELEMENTS_AT_ONCE = 1 << 22
 WINDOWS = (128, 256, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192, 16384, 32768)
@@ -209,7 +210,7 @@ def _measured(layer: Layer, choices: list[Choice], device: torch.device) -> list
     rows += [
         (
             str(head),
-            shorten(choice.pattern.name, 48),
+            named_text(choice.pattern, 48),
             f"{choice.blocks:,}",
             f"{choice.blocks / causal_blocks:.0%}",
             f"{choice.mass:.1%}",

@@ -36,7 +36,8 @@ from flexsparse.fidelity import (
     token_losses,
 )
 from flexsparse.plan import SparsePlan, masks_at
-from flexsparse.report import shorten, table
+from flexsparse.report import table
+from flexsparse.text import named_text, shorten
 
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 RECALL_ROWS, RECALL_PAIRS = 2, 8
@@ -217,7 +218,7 @@ def _head_table(model: Any, config: Any, candidate: Candidate, ids: Tensor) -> l
                 (
                     str(i),
                     str(head),
-                    shorten(mask.name, 48),
+                    named_text(mask, 48),
                     f"{blocks(own_mask(config, i) & mask, length):,}",
                     f"{float(found.mass[head, place]):.1%}",
                     f"{float(found.error[head, place]):.1e}",

@@ -22,6 +22,7 @@ from flexsparse import (
     q_idx,
 )
 from flexsparse.compat import dkernel_inputs as inputs
+from flexsparse.text import shown
 from flexsparse.varlen import varlen
 
 PLANS_KEPT = 64
@@ -191,7 +192,7 @@ def _plan(
         # tables have no entries for padding in front
         moved = mask.at(q_idx=maximum(q_position, 0), kv_idx=maximum(kv_position, 0))
         inside: Mask = is_real & moved
-        return inside.named(f"{mask.name} of {len(padding)} padded sequences")
+        return inside.named(f"{shown(mask)} of {len(padding)} padded sequences")
 
     if isinstance(mask, PerHead):
         mask = PerHead(tuple(placed(x) for x in mask.distinct), mask.which)

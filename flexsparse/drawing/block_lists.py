@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from flexsparse.classify import Grid, Rectangles
+from flexsparse.classify import Grid
 from flexsparse.errors import MaskError
+from flexsparse.rectangles import Rectangles
 
 ENTRIES_AT_ONCE = 1 << 21
 
@@ -47,7 +48,7 @@ def rectangles_of(block_mask: BlockMask, b: int, h: int) -> tuple[Rectangles, Re
         row, start, end = _runs(*lists, columns)
         found.append(Rectangles(torch.zeros_like(row), row, row + 1, start, end))
     partial, full = found
-    _, row, _, start, end = (torch.cat(x) for x in zip(partial, full, strict=True))
+    _, row, _, start, end = Rectangles.joined([partial, full])
     order = torch.argsort(row * (columns + 1) + start)
     row, start, end = row[order], start[order], end[order]
     twice = ((row[1:] == row[:-1]) & (start[1:] < end[:-1])).nonzero().flatten()

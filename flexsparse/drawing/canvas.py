@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flexsparse.classify import Grid, Rectangles
+from flexsparse.classify import Grid
 from flexsparse.drawing.colours import DARK, LIGHT, Colours, css
 from flexsparse.drawing.panels import FULL, PARTIAL, Counted, panel
 from flexsparse.drawing.pools import Pools
@@ -132,10 +132,10 @@ def _lines(found: Counted) -> int:
 def _block_runs(found: Counted) -> Runs:
     """The blocks of a plane as runs."""
     grid = found.plane.grid
-    row, start, end = _rows_of(found.blocks.full)
+    _, row, _, start, end = found.blocks.full.rows()
     parts = [(row, start, end, torch.full_like(row, IS_FULL))]
     if found.kept is None:
-        row, start, end = _rows_of(found.blocks.partial)
+        _, row, _, start, end = found.blocks.partial.rows()
         parts.append((row, start, end, torch.full_like(row, UNKNOWN)))
     else:
         row, column, kept = found.kept
@@ -150,17 +150,6 @@ def _block_runs(found: Counted) -> Runs:
     begins[1:] = (row[1:] != row[:-1]) | (start[1:] != end[:-1]) | (value[1:] != value[:-1])
     ends = begins.roll(-1)
     return Runs(row[begins], start[begins], end[ends], value[begins])
-
-
-def _rows_of(rectangles: Rectangles) -> tuple[Tensor, Tensor, Tensor]:
-    """Every row of every rectangle: (row, first column, end)."""
-    height = rectangles.row1 - rectangles.row0
-    row, start, end = (
-        torch.repeat_interleave(x, height)
-        for x in (rectangles.row0, rectangles.column0, rectangles.column1)
-    )
-    step = torch.arange(len(row)) - torch.repeat_interleave(height.cumsum(0) - height, height)
-    return row + step, start, end
 
 
 def _worth(part: Tensor) -> Tensor:

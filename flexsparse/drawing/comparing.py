@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from flexsparse.classify import Rectangles
 from flexsparse.compiler import CompiledMask
 from flexsparse.default_device import cpu_by_default
 from flexsparse.drawing.block_lists import grid_of, planes_of
@@ -219,7 +218,7 @@ def _raster(blocks: Blocks, top: int, bottom: int, columns: int) -> Tensor:
     change = torch.zeros(bottom - top + 1, columns + 1, dtype=torch.int32)
     for rectangles in blocks:
         near = (rectangles.row0 < bottom) & (rectangles.row1 > top)
-        part = Rectangles(*(x[near] for x in rectangles))
+        part = rectangles.where(near)
         row0, row1 = (x.clamp(top, bottom) - top for x in (part.row0, part.row1))
         for row, row_sign in ((row0, 1), (row1, -1)):
             for column, column_sign in ((part.column0, 1), (part.column1, -1)):

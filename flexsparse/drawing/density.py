@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flexsparse.classify import Grid, Rectangles, interval_reading
-from flexsparse.expr import TENSOR_READING, Mask, Step, evaluate
+from flexsparse.classify import Grid, interval_reading
+from flexsparse.expr import Mask, Step, kept_at
 from flexsparse.interval import Interval, Truth
 from flexsparse.tensors import Table
 
@@ -24,6 +24,7 @@ MOST_BLOCKS = 1 << 19  # that are worth describing; each takes some hundred byte
 ELEMENTS_AT_ONCE = 1 << 20
 COMPARISONS = ("<", "<=", "==")
 CONNECTIVES = ("&", "|", "^", "~")
+MOST_COLUMNS = 16  # of a description; more are numbered, or they would double with each x + x
 
 
 class Form(NamedTuple):
@@ -36,18 +37,6 @@ class Form(NamedTuple):
     def columns(self) -> tuple[Tensor, ...]:
         """Numbers that say what the expression is in a block."""
         return (self.offset, *self.shape)
-
-
-def unit_blocks(rectangles: Rectangles) -> tuple[Tensor, Tensor]:
-    """The row and the column of every block of some rectangles."""
-    height = rectangles.row1 - rectangles.row0
-    width = rectangles.column1 - rectangles.column0
-    size = height * width
-    place = torch.arange(int(size.sum())) - torch.repeat_interleave(size.cumsum(0) - size, size)
-    row0, column0, width = (
-        torch.repeat_interleave(x, size) for x in (rectangles.row0, rectangles.column0, width)
-    )
-    return row0 + place // width, column0 + place % width
 
 
 def kept_elements(mask: Mask, grid: Grid, row: Tensor, column: Tensor, most: int) -> Tensor | None:
@@ -73,7 +62,6 @@ def kept_elements(mask: Mask, grid: Grid, row: Tensor, column: Tensor, most: int
 
 def _count(mask: Mask, grid: Grid, row: Tensor, column: Tensor) -> Tensor:
     """The elements kept in each block, by looking at all of them."""
-    device = next((t.tensor.device for t in mask.tables), torch.device("cpu"))
     q_step, kv_step = (torch.arange(n) for n in grid.block_size)
     at_once = max(1, ELEMENTS_AT_ONCE // (len(q_step) * len(kv_step)))
     counts = [row[:0]]
@@ -86,9 +74,7 @@ def _count(mask: Mask, grid: Grid, row: Tensor, column: Tensor) -> Tensor:
             "q_idx": q.clamp(max=grid.q_len - 1) + grid.q_offset,
             "kv_idx": kv.clamp(max=grid.kv_len - 1),
         }
-        places = {name: x.to(device) for name, x in places.items()}
-        kept = torch.as_tensor(evaluate(mask, places, TENSOR_READING)).cpu()
-        counts.append((kept & inside).sum((1, 2)))
+        counts.append((kept_at(mask, places) & inside).sum((1, 2)))
     return torch.cat(counts)
 
 
@@ -127,7 +113,10 @@ def _kinds(mask: Mask, grid: Grid, row: Tensor, column: Tensor) -> Tensor:
         else:
             numbers = [_number(values[i]) for i in step.operands]
             form = _form(step, operands, numbers, zero) if _is_integer(value) else None
-            forms.append(_settled(form, value) if form else _anything(operands, zero))
+            form = _settled(form, value) if form else _anything(operands, zero)
+            if len(form.shape) > MOST_COLUMNS:
+                form = Form(form.offset, (_divide(zero, *form.shape),))
+            forms.append(form)
     return kind
 
 

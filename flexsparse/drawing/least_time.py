@@ -18,6 +18,7 @@ from flexsparse.drawing.pools import Pools
 from flexsparse.drawing.words import scaled
 from flexsparse.errors import MaskError
 from flexsparse.heads import head_ranges
+from flexsparse.text import shown
 
 ELEMENT_SIZE = 2  # bytes, of a bfloat16
 PRODUCTS = 2  # q k' and p v
@@ -121,7 +122,7 @@ def work(
         who = head_ranges(launch.heads) if attend.n_heads else "all heads"
         found.append(
             Work(
-                f"{who}: {launch.mask.name}",
+                f"{who}: {shown(launch.mask)}",
                 flops_of_pair * pairs * len(own),
                 bytes_of(grid.q_len, len(own), _keys_seen(launch.classes), of_kv),
             )

@@ -20,6 +20,7 @@ from flexsparse.drawing.words import percent
 from flexsparse.errors import MaskError
 from flexsparse.expr import Mask
 from flexsparse.heads import PerHead
+from flexsparse.text import SHOWN, formula, shown
 
 LONGEST = 8192  # tokens at which a mask without lengths is shown
 LONGEST_OPAQUE = 1024  # where every element may have to be looked at
@@ -38,7 +39,7 @@ def html(drawn: Any) -> str:
     if not isinstance(drawn, (Mask, PerHead)):
         found = planes("html", drawn, Lengths())
         return _page(type(drawn).__name__, _facts(drawn, found), drawn, found)
-    title = f"{type(drawn).__name__}: {drawn.name}" if isinstance(drawn, Mask) else "PerHead"
+    title = f"Mask: {shown(drawn)}" if isinstance(drawn, Mask) else "PerHead"
     reason = ""
     for length in _telling_lengths(drawn):
         try:
@@ -54,9 +55,10 @@ def html(drawn: Any) -> str:
 
 def _formula(drawn: Mask | PerHead) -> list[str]:
     """The mask spelled out, if its name hides that."""
-    if isinstance(drawn, PerHead) or str(drawn) == drawn.name:
+    if isinstance(drawn, PerHead):
         return []
-    return [str(drawn)]
+    spelled_out = formula(drawn, SHOWN)
+    return [] if spelled_out == shown(drawn) else [spelled_out]
 
 
 def _telling_lengths(drawn: Mask | PerHead) -> Iterator[int]:

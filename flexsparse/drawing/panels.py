@@ -13,10 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flexsparse.classify import Grid, Rectangles
-from flexsparse.drawing.density import MOST_BLOCKS, kept_elements, unit_blocks
+from flexsparse.classify import Grid
+from flexsparse.drawing.density import MOST_BLOCKS, kept_elements
 from flexsparse.drawing.plane import Blocks, Owner, Plane
 from flexsparse.drawing.pools import Pools
+from flexsparse.rectangles import Rectangles
 
 MOST_PANELS = 32
 ELEMENTS_EVALUATED = 1 << 25  # of all panels together; about half a second
@@ -132,7 +133,7 @@ def counted(plane: Plane, most: int) -> Counted:
     blocks = plane.blocks()
     if plane.mask is None or blocks.partial.blocks > MOST_BLOCKS:
         return Counted(plane, blocks, None)
-    row, column = unit_blocks(blocks.partial)
+    _, row, _, column, _ = blocks.partial.units()
     elements = kept_elements(plane.mask, plane.grid, row, column, most)
     return Counted(plane, blocks, None if elements is None else Kept(row, column, elements))
 

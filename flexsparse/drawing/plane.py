@@ -9,9 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flexsparse.classify import Grid, Rectangles
-from flexsparse.expr import TENSOR_READING, Mask, evaluate
+from flexsparse.classify import Grid
+from flexsparse.expr import Mask, kept_at
 from flexsparse.heads import head_ranges
+from flexsparse.rectangles import Rectangles
 
 ELEMENTS_UP_TO = 64  # tokens; shorter masks are drawn element by element
 Owner = tuple[int | None, int | None]  # batch row and head; None: all of them
@@ -77,9 +78,7 @@ class Plane:
             return full
         if self.mask is None:
             return None
-        device = next((t.tensor.device for t in self.mask.tables), torch.device("cpu"))
-        places = {"q_idx": (q[:, None] + grid.q_offset).to(device), "kv_idx": kv.to(device)}
-        kept = torch.as_tensor(evaluate(self.mask, places, TENSOR_READING)).cpu()
+        kept = kept_at(self.mask, {"q_idx": q[:, None] + grid.q_offset, "kv_idx": kv})
         return full | (partial & kept)
 
 

@@ -9,16 +9,18 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask
 
 from flexsparse.cases import cases, needed
-from flexsparse.classify import Grid, Rectangles, classify
+from flexsparse.classify import Grid, classify
 from flexsparse.compiler import CompiledMask
 from flexsparse.drawing.block_lists import grid_of, place_of, planes_of, rectangles_of
 from flexsparse.drawing.plane import Blocks, Owner, Plane
 from flexsparse.errors import MaskError
-from flexsparse.expr import Expr, Index, Mask, postorder
+from flexsparse.expr import Expr, Index, Mask
 from flexsparse.heads import PerHead
 from flexsparse.tensors import Table
+from flexsparse.text import shown
 from flexsparse.tracing import from_mask_mod
 from flexsparse.validate import problem
+from flexsparse.walks import rewritten
 
 
 class Lengths(NamedTuple):
@@ -89,15 +91,13 @@ def _of_masks(
     names: dict[Mask, str] = {}
     owners: dict[Mask, list[Owner]] = {}
     for case in looked_at:
-        tables = case.mask.tables
-        device = tables[0].tensor.device if tables else torch.device("cpu")
-        reason = needed(case) or problem(case.mask, case.grid, device)
+        reason = needed(case) or problem(case.mask, case.grid, case.mask.device)
         if reason is not None:
             raise MaskError(f"{verb}: {reason}")
         for b in range(case.grid.batch) if "b" in case.mask.variables else (None,):
             for h in case.heads or (None,):
                 mask = of_one_plane(case.mask, b or 0, h or 0)
-                names.setdefault(mask, case.mask.name)
+                names.setdefault(mask, shown(case.mask))
                 owners.setdefault(mask, []).append((b, h))
     grid = looked_at[0].grid._replace(batch=1, heads=(0,))
     return [
@@ -134,29 +134,21 @@ def _compiled(compiled: CompiledMask, b: int | None, h: int | None) -> Blocks:
         return Blocks(classes.partial, classes.full)
     place = grid.heads.index(h) if len(grid.heads) > 1 else 0
     plane = min(b, grid.batch - 1) * len(grid.heads) + place
-    parts = (classes.partial, classes.full)
-    return Blocks(*(Rectangles(*(x[part.plane == plane] for x in part)) for part in parts))
+    return Blocks(classes.partial.of_plane(plane), classes.full.of_plane(plane))
 
 
 def of_one_plane(mask: Mask, b: int, h: int) -> Mask:
     """A mask as one head in one batch row has it: equal for heads whose masks are equal."""
     if not mask.variables & {"b", "h"}:
         return mask
-    mask = mask.at(b=b, h=h)
-    rebuilt: dict[int, Expr] = {}
-    for node in postorder(mask):
-        args = tuple(rebuilt[id(arg)] for arg in node.args)
-        rebuilt[id(node)] = type(node)(node.op, args, node.payload)
-        constants = [arg.payload if arg.op == "const" else None for arg in args]
-        if isinstance(node.payload, Table) and any(n is not None for n in constants):
-            rebuilt[id(node)] = _read(node, args, constants)
-    result = rebuilt[id(mask)]
-    assert isinstance(result, Mask)
-    return result
+    return rewritten(mask.at(b=b, h=h), _read)
 
 
-def _read(node: Expr, args: tuple[Expr, ...], constants: list[int | None]) -> Expr:
-    """A lookup whose constant indices are read now."""
+def _read(node: Expr, args: tuple[Expr, ...]) -> Expr:
+    """A node whose table, if it has one, is read now where indices are constant."""
+    constants = [arg.payload if arg.op == "const" else None for arg in args]
+    if not isinstance(node.payload, Table) or all(n is None for n in constants):
+        return node.over(args)
     entries = node.payload.tensor[tuple(slice(None) if n is None else n for n in constants)]
     left = tuple(arg for arg, n in zip(args, constants, strict=True) if n is None)
     if isinstance(node, Index) and not left:

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flexsparse.classify import Grid, Rectangles
+from flexsparse.classify import Grid
+from flexsparse.rectangles import Rectangles
 
 RECTANGLES_AT_ONCE = 1 << 18
 
@@ -103,7 +104,7 @@ def _covered(
     rows, columns = len(row_edges), len(column_edges)
     moments = torch.zeros(4, rows * columns, dtype=torch.int64)
     for start in range(0, len(rectangles.plane), RECTANGLES_AT_ONCE):
-        _, *ends = (x[start : start + RECTANGLES_AT_ONCE] for x in rectangles)
+        _, *ends = rectangles.where(slice(start, start + RECTANGLES_AT_ONCE))
         # the first edge at or after each end
         top, bottom, left, right = (
             (x + side[i // 2] - 1) // side[i // 2] for i, x in enumerate(ends)

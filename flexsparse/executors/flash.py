@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from flexsparse.classify import Grid
-from flexsparse.expr import Expr, Mask, Table, postorder
-from flexsparse.normal_form import terms
+from flexsparse.expr import Expr, Mask
+from flexsparse.normal_form import documents_of, terms
+from flexsparse.tensors import Table
+from flexsparse.walks import postorder, rewritten
 
 
 class Band(NamedTuple):
@@ -63,11 +65,7 @@ def band(mask: Mask, grid: Grid) -> Band | None:
 
 def _documents(mask: Mask) -> Table | None:
     """A table that the mask compares at q_idx and at kv_idx, if there is one."""
-    for node in postorder(mask):
-        union = terms(node) if isinstance(node, Mask) and node.op == "==" else None
-        if union and union[0].documents is not None:
-            return union[0].documents
-    return None
+    return next(filter(None, map(documents_of, postorder(mask))), None)
 
 
 def _starts_of_runs(ids: Tensor) -> Tensor | None:
@@ -83,17 +81,15 @@ def _without_places(mask: Mask, cu_seqlens: Tensor) -> Mask:
     total = int(cu_seqlens[-1])
     starts = cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff(), output_size=total)
     places = torch.arange(total, device=starts.device) - starts
-    rebuilt: dict[int, Expr] = {}
-    for node in postorder(mask):
-        args = tuple(rebuilt[id(arg)] for arg in node.args)
-        rebuilt[id(node)] = type(node)(node.op, args, node.payload)
+
+    def without(node: Expr, args: tuple[Expr, ...]) -> Expr:
         if node.op == "lookup" and len(args) == 1 and args[0].op in ("q_idx", "kv_idx"):
             table = node.payload.tensor
             if len(table) >= total and table[:total].equal(places.to(table.dtype)):
-                rebuilt[id(node)] = args[0]
-    result = rebuilt[id(mask)]
-    assert isinstance(result, Mask)
-    return result
+                return args[0]
+        return node.over(args)
+
+    return rewritten(mask, without)
 
 
 def unsupported(

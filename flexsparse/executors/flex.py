@@ -16,8 +16,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from flexsparse.dropout import Dropout
 from flexsparse.executors import flex_cpu
-
-ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+from flexsparse.tensors import ScoreMod
 
 
 def _missing_on_cpu() -> str | None:

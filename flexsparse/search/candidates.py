@@ -12,6 +12,7 @@ from flexsparse.errors import MaskError
 from flexsparse.expr import Mask
 from flexsparse.fidelity.density import BLOCK, blocks, own_mask
 from flexsparse.masks import block_streaming, causal, local_stride
+from flexsparse.text import shown
 
 # in blocks
 WINDOWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
@@ -42,5 +43,5 @@ def costs_of(candidates: Sequence[Mask], config: Any, layers: Sequence[int], len
         for column, mask in enumerate(candidates):
             found[row, column] = blocks(own & mask, length)
             if not found[row, column]:
-                raise MaskError(f"The candidate {mask.name} keeps no block in layer {layer}.")
+                raise MaskError(f"The candidate {shown(mask)} keeps no block in layer {layer}.")
     return found

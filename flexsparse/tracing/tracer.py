@@ -139,7 +139,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             leaves = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
             read = tuple(table for x in leaves if (table := self._watched(x)) is not None)
             if read:
-                self.tables[id(target)] = (target, Table(target, read))
+                # detached, as results are: the next write would make a change of this one
+                self.tables[id(target)] = (target, Table(target.detach(), read))
             return out
         result = self.__torch_dispatch__(functional, (), args, kwargs)
         if result.dtype != target.dtype:

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from flexsparse.dropout import ScoreMod
 from flexsparse.errors import ExecutorError
 from flexsparse.expr import everything
 from flexsparse.heads import PerHead
 from flexsparse.integrations.transformers.masks import BlocksMask, ModelMask, RowMask
 from flexsparse.integrations.transformers.rows import EVERYTHING, attend_row
 from flexsparse.plan import masks_at
+from flexsparse.tensors import ScoreMod
 from flexsparse.tracing import from_mask_mod
 
 HEADS = "flexsparse_heads"  # the attribute of an attention layer that holds its part of a plan

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,8 +12,7 @@ from flexsparse.compiler import CompiledMask
 from flexsparse.heads import PerHead
 from flexsparse.integrations.transformers import rules
 from flexsparse.integrations.transformers.rows import ALL_HEADS, Pick, pick
-
-MaskMod = Callable[..., Tensor]
+from flexsparse.tensors import MaskMod
 
 
 class ModelMask(BlockMask):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,14 +23,14 @@ from flexsparse.expr import (
     kv_idx,
     lookup,
     maximum,
-    postorder,
     q_idx,
 )
 from flexsparse.heads import PerHead, per_head
+from flexsparse.masks import causal
 from flexsparse.tensors import Table
 from flexsparse.tracing import from_mask_mod
+from flexsparse.walks import conjuncts, rewritten
 
-CAUSAL = kv_idx <= q_idx
 ALWAYS = q_idx >= 0  # what transformers writes for "no mask"
 
 
@@ -86,7 +86,7 @@ def of(
         return _canonical(Rules(own, q_idx, key))
     # a static cache has room that is not filled yet, which causality hides in any case
     filled = kv_offset + kv_len
-    if CAUSAL.at(kv_idx=key) in conjuncts(own):
+    if causal.at(kv_idx=key) in conjuncts(own):
         filled = min(filled, q_offset + q_len)
     own = own & _without_padding(padding[:, kv_offset:filled], kv_len)
     first = _per_row(padding.int().argmax(1))
@@ -130,30 +130,15 @@ def forget() -> None:
         cached.cache_clear()
 
 
-def conjuncts(mask: Mask) -> list[Mask]:
-    """The masks that `&` joins."""
-    found, left = [], [mask]
-    while left:
-        term = left.pop()
-        if term.op == "&":
-            left.extend(arg for arg in reversed(term.args) if isinstance(arg, Mask))
-        else:
-            found.append(term)
-    return found
-
-
 def _copied(mask: Mask) -> Mask:
     """The mask with tables of its own, so that it outlives the tensors of a forward."""
-    rebuilt: dict[int, Expr] = {}
-    for node in postorder(mask):
-        payload = node.payload
-        if isinstance(payload, Table):
-            payload = Table(payload.tensor.clone())
-        args = tuple(rebuilt[id(arg)] for arg in node.args)
-        rebuilt[id(node)] = type(node)(node.op, args, payload)
-    copy = rebuilt[id(mask)]
-    assert isinstance(copy, Mask)
-    return copy
+
+    def copied(node: Expr, args: tuple[Expr, ...]) -> Expr:
+        if isinstance(node.payload, Table):
+            return replace(node, args=args, payload=Table(node.payload.tensor.clone()))
+        return node.over(args)
+
+    return rewritten(mask, copied)
 
 
 def _place_in_document(own: Mask) -> Tensor | None:
