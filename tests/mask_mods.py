@@ -297,6 +297,10 @@ OPAQUE = {
     "hash": (lambda b, h, q, k: (q * 6364136223846793005 + k) >> 33 & 7 == 3, {"aten.mul"}),
     "power": (lambda b, h, q, k: 2.0 ** (q % 9) > k, {"aten.pow"}),
     "half": (lambda b, h, q, k: q.half() * 0.3 > k.half(), {"aten.mul"}),
+    "bits of floats": (
+        lambda b, h, q, k: q.float().view(torch.int32) >> 23 > k.float().view(torch.int32) >> 23,
+        {"aten.view"},
+    ),
     "cumsum": (lambda b, h, q, k: (BOOK[q // 120] * k).cumsum(0)[k % 99] > 9, {"aten.cumsum"}),
     "long sum": (lambda b, h, q, k: (DOCUMENTS * q).sum() % 1000 > k, {"aten.sum"}),
     "argmax": (lambda b, h, q, k: (PAIRS[k] - q).abs().argmax() == 0, {"aten.argmax"}),
