@@ -218,6 +218,7 @@ SCORES[7], SCORES[8] = float("nan"), float("inf")
 FINE = torch.linspace(-1, 1, 600, dtype=torch.float64)
 PAIRS = torch.stack([torch.arange(600) // 2, torch.arange(600) // 2 + 90], 1)
 BOOK = torch.arange(5 * 120).view(5, 120)
+PAGES = torch.arange(4 * 10 * 20).view(4, 10, 20)
 
 
 def _in_place(b, h, q_idx, kv_idx):
@@ -267,6 +268,16 @@ IDIOMS = {
     "constant index": lambda b, h, q, k: q - k < OFFSETS[-2] - OFFSETS[1],
     "rows": lambda b, h, q, k: BOOK[q // 120][k // 5] > BOOK[:, 3][q // 120] + 40,
     "view": lambda b, h, q, k: DOCUMENTS.view(-1, 60)[q // 60, k % 60] == DOCUMENTS[k],
+    "entry of every row": lambda b, h, q, k: (
+        (BOOK.T[:, q // 120] > k).any() & (BOOK[..., k % 120] > q).any()
+    ),
+    "end of a row": lambda b, h, q, k: (
+        (BOOK[q // 120, -1:] > k).all() | (BOOK[k // 120, None] < q).all()
+    ),
+    "middle of a row": lambda b, h, q, k: (PAGES[k // 150, 5:9:2, q % 20] > q).all(),
+    "places and indices": lambda b, h, q, k: (
+        PAGES[:, torch.arange(3), k % 20, None][q // 150, 2, 0] > k
+    ),
     "unpacked row": _parts,
     "stacked": lambda b, h, q, k: (
         torch.stack([q, k, q - k]).amax() - torch.stack([q, k])[k % 2] < 90
