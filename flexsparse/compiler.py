@@ -25,6 +25,7 @@ from flexsparse.heads import PerHead
 from flexsparse.inputs import mismatch
 from flexsparse.launch import Launch
 from flexsparse.lower import LoweredMask
+from flexsparse.uncompiled import uncompiled
 from flexsparse.validate import needs_int64
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 ROWS_AT_ONCE = 64
 
 
+@uncompiled
 def compile_mask(
     mask: Mask | PerHead,
     q_len: int,

@@ -18,12 +18,14 @@ from flexsparse.errors import MaskError
 from flexsparse.expr import Mask
 from flexsparse.lower import lower
 from flexsparse.tracing import from_mask_mod
+from flexsparse.uncompiled import uncompiled
 from flexsparse.validate import needs_int64, problem
 
 FULL_LISTS = ("full_kv_num_blocks", "full_kv_indices", "full_q_num_blocks", "full_q_indices")
 LISTS = ("kv_num_blocks", "kv_indices", "q_num_blocks", "q_indices", *FULL_LISTS)
 
 
+@uncompiled
 def create_block_mask(
     mask_mod: Callable[..., Tensor],
     B: int | None,  # noqa: N803

@@ -5,7 +5,18 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 import flexsparse as fs
-from flexsparse import ExecutorError, MaskError, b, compile_mask, h, kv_idx, lookup, per_head, q_idx
+from flexsparse import (
+    ExecutorError,
+    MaskError,
+    b,
+    compile_mask,
+    from_mask_mod,
+    h,
+    kv_idx,
+    lookup,
+    per_head,
+    q_idx,
+)
 from flexsparse.executors import flex, reference
 from flexsparse.masks import causal, full, packed, padding, sink, window
 
@@ -229,6 +240,20 @@ def test_inside_a_compiled_model():
     with torch.no_grad():
         compiled = torch.compile(model, fullgraph=True)(x)
         torch.testing.assert_close(compiled, model(x))
+
+
+def test_a_mask_made_inside_a_compiled_model():
+    torch._dynamo.reset()
+
+    @torch.compile(backend="eager")
+    def model(q, k, v):
+        mask = from_mask_mod(lambda b, h, q_idx, kv_idx: q_idx - kv_idx < 100)
+        attend = compile_mask(causal & mask, q.shape[2], k.shape[2])
+        return attend(2 * q, k, v, executor="reference")
+
+    for length in (200, 300):
+        q, k, v = inputs(length, length)
+        assert_as_good_as_dense(model(q, k, v), causal & window(100), 2 * q, k, v)
 
 
 def test_one_kernel_for_all_numbers_and_lengths():

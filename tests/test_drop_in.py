@@ -104,6 +104,14 @@ def test_compile_is_accepted_and_ignored():
     assert_same_lists(ours, by_torch(causal, None, None, 300, 300, "cpu"))
 
 
+def test_torch_compile_runs_it_as_it_is():
+    torch._dynamo.reset()
+    compiled = torch.compile(create_block_mask)
+    for length in (300, 400):
+        ours = compiled(causal, None, None, length, length, "cpu")
+        assert_same_lists(ours, by_torch(causal, None, None, length, length, "cpu"))
+
+
 def test_a_mask_is_taken_as_it_is():
     ours = create_block_mask(window(90), None, None, 300, 300, "cpu")
     assert_same_lists(ours, by_torch(lambda b, h, q, k: q - k < 90, None, None, 300, 300, "cpu"))

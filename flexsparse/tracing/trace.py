@@ -22,8 +22,10 @@ from flexsparse.errors import MaskError
 from flexsparse.expr import VARIABLES, Mask
 from flexsparse.tracing.stand_in import ReadsEntries, ValueNeededError
 from flexsparse.tracing.tracer import Tracer
+from flexsparse.uncompiled import uncompiled
 
 
+@uncompiled
 def from_mask_mod(fn: Callable[..., Any], *, device: torch.device | str | None = None) -> Mask:
     """The mask that a FlexAttention mask_mod computes, as an expression.
 
