@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from flexsparse.errors import MaskError
+from flexsparse.tensors import READABLE, Opaque
 from flexsparse.tensors import TENSOR_READING as TENSOR_READING
-from flexsparse.tensors import Opaque
 from flexsparse.tensors import Table as Table
 
 if TYPE_CHECKING:
@@ -412,8 +412,12 @@ def lookup(table: Tensor, *indices: Index | int) -> Any:
     """
     if not isinstance(table, Tensor):
         raise MaskError(f"lookup reads a torch.Tensor, not {type(table).__name__}: {table!r}.")
-    if table.is_floating_point() or table.is_complex():
-        raise MaskError(f"lookup reads integers or booleans, and the table is {table.dtype}.")
+    if table.layout != torch.strided or table.is_nested:
+        kind = "nested" if table.is_nested else table.layout
+        raise MaskError(f"lookup reads dense tensors, and the table is {kind}; use .to_dense().")
+    if table.dtype not in READABLE:
+        fix = " Use .long()." if str(table.dtype).startswith("torch.uint") else ""
+        raise MaskError(f"lookup reads integers or booleans, and the table is {table.dtype}.{fix}")
     if table.dim() != len(indices) or table.dim() > 4:
         raise MaskError(
             f"lookup got {len(indices)} indices for a table of {table.dim()} dimensions "

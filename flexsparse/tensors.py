@@ -11,6 +11,9 @@ from torch import Tensor
 
 from flexsparse.errors import MaskError
 
+# what a table may hold; torch has next to no operators for unsigned integers of more bits
+READABLE = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
 
 class Table:
     """A tensor read by `lookup`: compared by content, and watched for in-place changes.

@@ -80,6 +80,8 @@ MISTAKES = [
     (lambda: sink(-1), "0 or more"),
     (lambda: lookup([1, 2], q_idx), "reads a torch.Tensor, not list"),
     (lambda: lookup(torch.rand(4), q_idx), "the table is torch.float32"),
+    (lambda: lookup(TABLE.to(torch.uint16), q_idx), r"is torch.uint16\. Use \.long\(\)"),
+    (lambda: lookup(TABLE.to_sparse(), q_idx), r"is torch.sparse_coo; use \.to_dense\(\)"),
     (lambda: lookup(TABLE, q_idx, kv_idx), "2 indices for a table of 1 dimensions"),
     (lambda: lookup(TABLE[:0], q_idx), "empty table"),
     (lambda: causal.at(row=q_idx), r"got \['row'\]"),
