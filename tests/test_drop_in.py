@@ -161,6 +161,8 @@ BAD = [
     ({"H": 2.0}, r"H=2\.0; it must be an int of 1 or more, or None"),
     ({"BLOCK_SIZE": (128, 0)}, r"BLOCK_SIZE=\(128, 0\)"),
     ({"device": "nowhere"}, r"device='nowhere' cannot be used here"),
+    ({"device": 3.5}, r"device=3\.5 cannot be used here"),
+    ({"KV_LEN": 2**31}, r"KV_LEN=2147483648; it must be at most"),
     ({"dq_kv_order": torch.arange(3)}, r"dq_kv_order=.*must be a bool"),
     ({"no_such": 1}, r"got no_such=1; torch .* knows no such argument\. It has mask_mod, B, H"),
 ]

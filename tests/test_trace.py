@@ -188,6 +188,12 @@ def test_what_is_no_mask_mod_is_refused_with_the_reason(mask_mod, text):
         from_mask_mod(mask_mod)
 
 
+@pytest.mark.parametrize("device", ["nowhere", 3.5, []])
+def test_a_device_that_is_none_is_refused(device):
+    with pytest.raises(MaskError, match="cannot be used here"):
+        from_mask_mod(lambda b, h, q, k: q >= k, device=device)
+
+
 @pytest.mark.parametrize(
     "text",
     [
