@@ -8,6 +8,7 @@ reading (tensors, intervals, text, lowered code) walk lists, so none of them rec
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
 import torch
 from torch import Tensor
 
+from flexsparse.arguments import usable_device
 from flexsparse.errors import MaskError
 from flexsparse.tensors import READABLE, Opaque
 from flexsparse.tensors import TENSOR_READING as TENSOR_READING
@@ -188,8 +190,29 @@ class Index(Expr):
         """The mask that is true where both are the same number (`==` compares the expressions)."""
         return Mask("==", (self, as_index(other)))
 
+    def abs(self) -> Index:
+        """The distance from 0, as tensors write it."""
+        return abs(self)
+
     def __truediv__(self, other: object) -> NoReturn:
         raise MaskError(f"({self}) / {other}: indices are integers; use // (floor division).")
+
+    def _no_power(self, other: object) -> NoReturn:
+        raise MaskError(
+            f"{self} takes no **, << or >>. Write x * x for x ** 2, x * 4 for x << 2 and x // 4 "
+            "for x >> 2."
+        )
+
+    __pow__ = __rpow__ = __lshift__ = __rlshift__ = __rshift__ = __rrshift__ = _no_power
+
+    def __invert__(self) -> NoReturn:
+        raise MaskError(f"~ inverts Masks, and {self} is an index expression; compare it first.")
+
+    def __index__(self) -> NoReturn:
+        raise MaskError(
+            f"{self} is not one number, but one for each place. Read a tensor with "
+            "fs.lookup(table, *indices), not table[index]."
+        )
 
     def __bool__(self) -> NoReturn:
         raise MaskError(
@@ -229,6 +252,8 @@ class Mask(Expr):
 
     def named(self, label: str) -> Mask:
         """The same mask, shown as `label` in reports and pictures; equality ignores the name."""
+        if not isinstance(label, str) or label.splitlines() != [label]:
+            raise MaskError(f"named({label!r}): a label must be a str of one line.")
         return replace(self, label=label)
 
     @property
@@ -292,6 +317,7 @@ class Mask(Expr):
                 f"A mask with {self.opaque_operators[0]}, which flexsparse has no rule for, cannot "
                 "be moved. Move the tensors of the mask_mod function, and trace it again."
             )
+        device = usable_device(device)
         moved: dict[int, Expr] = {}
         for node in postorder(self):
             payload = node.payload
@@ -330,15 +356,26 @@ class Mask(Expr):
     def __bool__(self) -> NoReturn:
         raise MaskError(
             "A Mask has no single truth value. You wrote `and`, `or`, `not`, `if`, or a chained "
-            "comparison; use & | ~, and split `a <= x < b` into (a <= x) & (x < b)."
+            "comparison; use & | ~, and split `a <= x < b` into (a <= x) & (x < b). For max(x, 3) "
+            "and min(x, 3) write fs.maximum(x, 3) and fs.minimum(x, 3)."
         )
+
+    def _no_arithmetic(self, other: object = None) -> NoReturn:
+        raise MaskError(
+            f"{self.name} is a Mask, which is true or false and no number. Combine Masks with & | "
+            "^ ~ (a & ~b is a without b); for numbers write fs.where(mask, 1, 0)."
+        )
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _no_arithmetic
+    __lt__ = __le__ = __gt__ = __ge__ = __neg__ = _no_arithmetic
 
 
 def as_index(value: Index | int) -> Index:
     """Turn an int, or a 0-dimensional integer tensor, into an index expression."""
     if isinstance(value, Index):
         return value
-    if isinstance(value, int) and not isinstance(value, bool):
+    if hasattr(value, "__index__") and not isinstance(value, (bool, Tensor)):
+        value = operator.index(value)  # of an integer of numpy as well
         if abs(value) >= INT_LIMIT:
             raise MaskError(f"The constant {value} is beyond 2**61, the limit of index arithmetic.")
         return Index("const", payload=value)
@@ -364,6 +401,7 @@ def _as_mask(value: object, op: str) -> Mask:
         return value
     hint = {
         bool: "`==` compares the expressions themselves; write a.equals(b) for the mask.",
+        int: "~(a == b) inverts a bool; write ~a.equals(b) for the mask.",
         Index: "Put parentheses round comparisons: (a <= b) & (c < d).",
     }.get(type(value), "Call the pattern first, or read a boolean tensor with fs.lookup.")
     raise MaskError(f"{op} combines two Masks, but one side is {type(value).__name__}. {hint}")

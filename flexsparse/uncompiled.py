@@ -24,7 +24,7 @@ def uncompiled(build: Callable[Given, Made]) -> Callable[Given, Made]:
             # torch.compiler.disable imports torch's compiler, which takes seconds
             if "torch._dynamo" not in sys.modules:
                 return build(*args, **kwargs)
-            disabled = torch.compiler.disable(build)
+            disabled = torch.compiler.disable(build)  # type: ignore[no-untyped-call]
         return disabled(*args, **kwargs)
 
     return call
