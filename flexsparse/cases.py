@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from flexsparse.arguments import LONGEST, MOST_HEADS, check_size
 from flexsparse.classify import Grid
 from flexsparse.errors import MaskError
 from flexsparse.expr import Mask
@@ -35,9 +36,10 @@ def cases(
     block_size: tuple[int, int] = (128, 128),
 ) -> tuple[Case, ...]:
     """The distinct masks of a mask; errors begin with `verb`, the function that the user called."""
-    for name, n in (("q_len", q_len), ("kv_len", kv_len), ("batch", batch), ("n_heads", n_heads)):
-        if n is not None and (not isinstance(n, int) or isinstance(n, bool) or n < 1):
-            raise MaskError(f"{verb}: {name}={n!r}; it must be an int of 1 or more.")
+    check_size(f"{verb}: q_len", q_len, LONGEST)
+    check_size(f"{verb}: kv_len", kv_len, LONGEST)
+    check_size(f"{verb}: batch", batch, LONGEST, optional=True)
+    check_size(f"{verb}: n_heads", n_heads, MOST_HEADS, optional=True)
     if q_offset is not None and (not isinstance(q_offset, int) or isinstance(q_offset, bool)):
         raise MaskError(f"{verb}: q_offset={q_offset!r}; it must be an int, the position of row 0.")
     if not isinstance(mask, (Mask, PerHead)):

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from flexsparse import report
+from flexsparse.arguments import LONGEST, MOST_HEADS, check_size, usable_device
 from flexsparse.blocks import block_mask, write_kept_blocks
 from flexsparse.classify import BlockClasses, Grid
 from flexsparse.cost import Cost
@@ -26,6 +27,7 @@ from flexsparse.inputs import mismatch
 from flexsparse.launch import Launch
 from flexsparse.lower import LoweredMask
 from flexsparse.tensors import ScoreMod
+from flexsparse.uncompiled import uncompiled
 from flexsparse.validate import needs_int64
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 ROWS_AT_ONCE = 64
 
 
+@uncompiled
 def compile_mask(
     mask: Mask | PerHead,
     q_len: int,
@@ -65,9 +68,10 @@ def compile_mask(
         MaskError: the mask cannot be compiled for these arguments; the text says what to change.
     """
     started = time.perf_counter()
-    for name, n in (("q_len", q_len), ("kv_len", kv_len), ("batch", batch), ("n_heads", n_heads)):
-        if n is not None and (not isinstance(n, int) or isinstance(n, bool) or n < 1):
-            raise MaskError(f"{name}={n!r}; it must be an int of 1 or more.")
+    check_size("q_len", q_len, LONGEST)
+    check_size("kv_len", kv_len, LONGEST)
+    check_size("batch", batch, LONGEST, optional=True)
+    check_size("n_heads", n_heads, MOST_HEADS, optional=True)
     if q_offset is not None and (not isinstance(q_offset, int) or isinstance(q_offset, bool)):
         raise MaskError(f"q_offset={q_offset!r}; it must be an int, the position of query row 0.")
     masks = _as_per_head(mask, n_heads)
@@ -305,7 +309,9 @@ def _as_per_head(mask: Mask | PerHead, n_heads: int | None) -> PerHead:
         return mask
     if isinstance(mask, Mask):
         return PerHead((mask,), (0,) * (n_heads or 1))
-    if isinstance(mask, (list, tuple)):
+    if isinstance(mask, (bool, int)):
+        fix = "`==` compares the expressions themselves; write a.equals(b) for the mask."
+    elif isinstance(mask, (list, tuple)):
         fix = "Wrap the list: compile_mask(per_head(masks), ...)."
     elif callable(mask):
         fix = "Call the pattern first, or make a Mask of a mask_mod function with from_mask_mod."
@@ -331,11 +337,7 @@ def _device(masks: PerHead, device: torch.device | str | None) -> torch.device:
     if device is None:
         devices = [mask.device for mask in masks.distinct if mask.device is not None]
         return devices[0] if devices else torch.get_default_device()
-    try:
-        # "cuda" becomes "cuda:0", which is what tensors there report
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        raise MaskError(f"device={device!r} cannot be used here: {error}") from None
+    return usable_device(device)
 
 
 def _at_positions(score_mod: ScoreMod, q_offset: int, device: torch.device) -> ScoreMod:

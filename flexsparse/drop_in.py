@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.attention import flex_attention as torch_flex
 from torch.nn.attention.flex_attention import BlockMask
 
+from flexsparse.arguments import LONGEST, MOST_HEADS, check_size, usable_device
 from flexsparse.blocks import block_mask, write_kept_blocks
 from flexsparse.classify import BlockClasses, Grid, classify
 from flexsparse.default_device import cpu_by_default
@@ -19,12 +20,14 @@ from flexsparse.expr import Mask
 from flexsparse.lower import lower
 from flexsparse.rectangles import Rectangles
 from flexsparse.tracing import from_mask_mod
+from flexsparse.uncompiled import uncompiled
 from flexsparse.validate import needs_int64, problem
 
 FULL_LISTS = ("full_kv_num_blocks", "full_kv_indices", "full_q_num_blocks", "full_q_indices")
 LISTS = ("kv_num_blocks", "kv_indices", "q_num_blocks", "q_indices", *FULL_LISTS)
 
 
+@uncompiled
 def create_block_mask(
     mask_mod: Callable[..., Tensor],
     B: int | None,  # noqa: N803
@@ -59,15 +62,15 @@ def create_block_mask(
         newer: other arguments of the installed torch, at their default.
     """
     _known_by_torch(newer, compute_dq_write_order)
-    for name, n in (("B", B), ("H", H), ("Q_LEN", Q_LEN), ("KV_LEN", KV_LEN)):
-        optional = name in ("B", "H")
-        if not (n is None and optional) and (not _is_int(n) or n < 1):  # type: ignore[operator]
-            raise MaskError(
-                f"{name}={n!r}; it must be an int of 1 or more{', or None' * optional}."
-            )
+    check_size("B", B, LONGEST, optional=True)
+    check_size("H", H, MOST_HEADS, optional=True)
+    check_size("Q_LEN", Q_LEN, LONGEST)
+    check_size("KV_LEN", KV_LEN, LONGEST)
     if not isinstance(dq_kv_order, bool):
         raise MaskError(f"dq_kv_order={dq_kv_order!r}; it must be a bool.")
-    place = _device(device)
+    if device is None:
+        device = torch.accelerator.current_accelerator() or "cpu"
+    place = usable_device(device)
     mask = from_mask_mod(mask_mod, device=place)
     for variable, name, n, what in (
         ("h", "H", H, "query heads"),
@@ -129,16 +132,6 @@ def _known_by_torch(newer: dict[str, Any], compute_dq_write_order: bool) -> None
         raise MaskError(
             f"compute_dq_write_order=True needs a newer torch than {torch.__version__}."
         )
-
-
-def _device(device: torch.device | str | None) -> torch.device:
-    if device is None:
-        device = torch.accelerator.current_accelerator() or "cpu"
-    try:
-        # "cuda" becomes "cuda:0", which is what tensors there report
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        raise MaskError(f"device={device!r} cannot be used here: {error}") from None
 
 
 def _all_partial(classes: BlockClasses) -> BlockClasses:

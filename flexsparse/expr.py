@@ -8,6 +8,7 @@ and every reading (tensors, intervals, text, lowered code) walk lists, so none o
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
@@ -15,8 +16,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
 import torch
 from torch import Tensor
 
+from flexsparse.arguments import usable_device
 from flexsparse.errors import MaskError
-from flexsparse.tensors import TENSOR_READING, Opaque, Table
+from flexsparse.tensors import READABLE, TENSOR_READING, Opaque, Table
 from flexsparse.walks import postorder, rewritten
 
 if TYPE_CHECKING:
@@ -225,8 +227,29 @@ class Index(Expr):
         """The mask that is true where both are the same number (`==` compares the expressions)."""
         return Mask("==", (self, as_index(other)))
 
+    def abs(self) -> Index:
+        """The distance from 0, as tensors write it."""
+        return abs(self)
+
     def __truediv__(self, other: object) -> NoReturn:
         raise MaskError(f"({self}) / {other}: indices are integers; use // (floor division).")
+
+    def _no_power(self, other: object) -> NoReturn:
+        raise MaskError(
+            f"{self} takes no **, << or >>. Write x * x for x ** 2, x * 4 for x << 2 and x // 4 "
+            "for x >> 2."
+        )
+
+    __pow__ = __rpow__ = __lshift__ = __rlshift__ = __rshift__ = __rrshift__ = _no_power
+
+    def __invert__(self) -> NoReturn:
+        raise MaskError(f"~ inverts Masks, and {self} is an index expression; compare it first.")
+
+    def __index__(self) -> NoReturn:
+        raise MaskError(
+            f"{self} is not one number, but one for each place. Read a tensor with "
+            "fs.lookup(table, *indices), not table[index]."
+        )
 
     def __bool__(self) -> NoReturn:
         raise MaskError(
@@ -266,6 +289,8 @@ class Mask(Expr):
 
     def named(self, label: str) -> Mask:
         """The same mask, shown as `label` in reports and pictures; equality ignores the name."""
+        if not isinstance(label, str) or label.splitlines() != [label]:
+            raise MaskError(f"named({label!r}): a label must be a str of one line.")
         return replace(self, label=label)
 
     @property
@@ -322,6 +347,7 @@ class Mask(Expr):
                 f"A mask with {self.opaque_operators[0]}, which flexsparse has no rule for, cannot "
                 "be moved. Move the tensors of the mask_mod function, and trace it again."
             )
+        device = usable_device(device)
 
         def moved(node: Expr, args: tuple[Expr, ...]) -> Expr:
             payload = node.payload
@@ -358,15 +384,26 @@ class Mask(Expr):
     def __bool__(self) -> NoReturn:
         raise MaskError(
             "A Mask has no single truth value. You wrote `and`, `or`, `not`, `if`, or a chained "
-            "comparison; use & | ~, and split `a <= x < b` into (a <= x) & (x < b)."
+            "comparison; use & | ~, and split `a <= x < b` into (a <= x) & (x < b). For max(x, 3) "
+            "and min(x, 3) write fs.maximum(x, 3) and fs.minimum(x, 3)."
         )
+
+    def _no_arithmetic(self, other: object = None) -> NoReturn:
+        raise MaskError(
+            f"{self.name} is a Mask, which is true or false and no number. Combine Masks with & | "
+            "^ ~ (a & ~b is a without b); for numbers write fs.where(mask, 1, 0)."
+        )
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _no_arithmetic
+    __lt__ = __le__ = __gt__ = __ge__ = __neg__ = _no_arithmetic
 
 
 def as_index(value: Index | int) -> Index:
     """Turn an int, or a 0-dimensional integer tensor, into an index expression."""
     if isinstance(value, Index):
         return value
-    if isinstance(value, int) and not isinstance(value, bool):
+    if hasattr(value, "__index__") and not isinstance(value, (bool, Tensor)):
+        value = operator.index(value)  # of an integer of numpy as well
         if abs(value) >= INT_LIMIT:
             raise MaskError(f"The constant {value} is beyond 2**61, the limit of index arithmetic.")
         return Index("const", payload=value)
@@ -392,6 +429,7 @@ def _as_mask(value: object, op: str) -> Mask:
         return value
     hint = {
         bool: "`==` compares the expressions themselves; write a.equals(b) for the mask.",
+        int: "~(a == b) inverts a bool; write ~a.equals(b) for the mask.",
         Index: "Put parentheses round comparisons: (a <= b) & (c < d).",
     }.get(type(value), "Call the pattern first, or read a boolean tensor with fs.lookup.")
     raise MaskError(f"{op} combines two Masks, but one side is {type(value).__name__}. {hint}")
@@ -440,8 +478,12 @@ def lookup(table: Tensor, *indices: Index | int) -> Any:
     """
     if not isinstance(table, Tensor):
         raise MaskError(f"lookup reads a torch.Tensor, not {type(table).__name__}: {table!r}.")
-    if table.is_floating_point() or table.is_complex():
-        raise MaskError(f"lookup reads integers or booleans, and the table is {table.dtype}.")
+    if table.layout != torch.strided or table.is_nested:
+        kind = "nested" if table.is_nested else table.layout
+        raise MaskError(f"lookup reads dense tensors, and the table is {kind}; use .to_dense().")
+    if table.dtype not in READABLE:
+        fix = " Use .long()." if str(table.dtype).startswith("torch.uint") else ""
+        raise MaskError(f"lookup reads integers or booleans, and the table is {table.dtype}.{fix}")
     if table.dim() != len(indices) or table.dim() > 4:
         raise MaskError(
             f"lookup got {len(indices)} indices for a table of {table.dim()} dimensions "

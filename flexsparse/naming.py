@@ -34,4 +34,4 @@ def _argument(value: Any) -> str:
         return repr(Table(value))
     if isinstance(value, Mask):
         return value.name
-    return repr(value)
+    return " ".join(repr(value).split())  # a name is one line

@@ -13,6 +13,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Mapping
+from types import ModuleType
 from typing import Any, NoReturn
 
 from flexsparse.errors import MaskError
@@ -49,18 +50,35 @@ BUILTINS: dict[str, Any] = {
 }
 
 
-def parse(text: str, names: Mapping[str, Any] | None = None) -> Mask:
+def parse(text: str, names: Mapping[str, Any] | ModuleType | None = None) -> Mask:
     """Read a mask from its text, which gives back every mask of integers without tensors.
 
     Args:
         text: for example 'causal & (sink(64) | window(256))', or a formula of q_idx and kv_idx.
-        names: the patterns the text may use, such as vars(flexsparse.masks). Only what is in here
-            (and b, h, q_idx, kv_idx, abs, minimum, maximum, where, bit_and, ...) can be called.
+        names: the patterns the text may use: a dict, or a module such as flexsparse.masks. Only
+            what is in here, but for names with a leading _, can be called (and b, h, q_idx,
+            kv_idx, abs, minimum, maximum, where, bit_and, ...).
 
     Raises:
         MaskError: with the column, what was found there, and the nearest known name.
     """
-    return _Parser(text, {**BUILTINS, **(names or {})}).mask()
+    return _Parser(text, {**BUILTINS, **_public(names)}).mask()
+
+
+def _public(names: Mapping[str, Any] | ModuleType | None) -> dict[str, Any]:
+    """What a text may use of names: not a module in them, and none with a leading _."""
+    if isinstance(names, ModuleType):
+        names = {name: getattr(names, name) for name in getattr(names, "__all__", vars(names))}
+    if not isinstance(names, Mapping | None):
+        raise MaskError(
+            f"parse got names of {type(names).__name__}; give a dict or a module, such as "
+            "flexsparse.masks."
+        )
+    return {
+        name: value
+        for name, value in (names or {}).items()
+        if not name.startswith("_") and not isinstance(value, ModuleType)
+    }
 
 
 _TOKEN = re.compile(
@@ -68,6 +86,7 @@ _TOKEN = re.compile(
     r"|(?P<op>//|<=|>=|==|[-+*%<>&|^~()\[\],.=]))"
 )
 _LITERALS = {"None": None}
+MOST_DIGITS = 100  # Python refuses to read thousands of them
 MOST_NESTED = 40  # each level takes a dozen of Python's frames
 
 
@@ -221,6 +240,8 @@ class _Parser:
         kind, text, column = self.tokens[self.position]
         self.position += 1
         if kind == "number":
+            if len(text) > MOST_DIGITS:
+                self.fail(column, f"a number of {len(text)} digits; use at most {MOST_DIGITS}")
             return float(text) if "." in text else int(text)
         if kind == "string":
             return text[1:-1]
@@ -254,7 +275,7 @@ class _Parser:
             return _LITERALS[text]
         if text not in self.names:
             near = difflib.get_close_matches(text, self.names, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = f"; did you mean {near[0]!r}?" if near else "."
             known = ", ".join(sorted(self.names))
             self.fail(column, f"unknown name {text!r}{hint} Known names: {known}")
         value = self.names[text]
@@ -274,8 +295,10 @@ class _Parser:
         while self.take(")") is None:
             if args or kwargs:
                 self.expect(",")
-            kind, name, _ = self.tokens[self.position]
+            kind, name, place = self.tokens[self.position]
             if kind == "name" and self.tokens[self.position + 1][1] == "=":
+                if name in kwargs:
+                    self.fail(place, f"{name} is given twice")
                 self.position += 2
                 kwargs[name] = self.nested(column, self.comparison)
             else:

@@ -16,6 +16,8 @@ MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 CASTS = ("narrow", "float", "truncate")  # operators whose payload is a dtype
+# what a table may hold; torch has next to no operators for unsigned integers of more bits
+READABLE = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 class Table:

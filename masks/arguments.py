@@ -10,6 +10,9 @@ from torch import Tensor
 
 from flexsparse import Index, Mask, MaskError, lookup
 
+MOST_HEADS = 1 << 16  # or layers: each is made by itself
+UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)  # of which torch can do next to nothing
+
 
 def is_int(value: object) -> bool:
     """Whether a value is an int and not a bool."""
@@ -23,6 +26,31 @@ def at_least(name: str, least: int, /, **values: object) -> None:
             raise MaskError(
                 f"{name}({argument}={value!r}): {argument} must be an int of {least} or more."
             )
+
+
+def counts(name: str, /, **values: object) -> None:
+    """Refuse what is not a number of heads or layers: an int of 1 to 65,536."""
+    at_least(name, 1, **values)
+    for argument, value in values.items():
+        if value > MOST_HEADS:  # type: ignore[operator]
+            raise MaskError(
+                f"{name}({argument}={value!r}): {argument} must be an int of 1 to {MOST_HEADS}."
+            )
+
+
+def booleans(name: str, /, **values: object) -> None:
+    """Refuse what is not True or False."""
+    for argument, value in values.items():
+        if not isinstance(value, bool):
+            raise MaskError(f"{name}({argument}={value!r}): {argument} must be True or False.")
+
+
+def entries(values: Any) -> list[Any]:
+    """What a tensor or a sequence holds, as a list; nothing of what is neither."""
+    try:
+        return list(values.tolist() if isinstance(values, Tensor) else values)
+    except TypeError:
+        return []
 
 
 def sizes(name: str, argument: str, value: int | Sequence[int], n_axes: int = 0) -> tuple[int, ...]:
@@ -60,15 +88,29 @@ def tensor_of(name: str, argument: str, value: Any, kind: str, dims: dict[int, s
     """
     shapes = list(dims.values())
     text = shapes[0] if len(shapes) == 1 else f"{', '.join(shapes[:-1])} or {shapes[-1]}"
+    fix = ""
     if isinstance(value, Tensor):
-        is_number = value.is_floating_point() or value.is_complex()
+        is_number = value.is_floating_point() or value.is_complex() or value.is_quantized
         found = "number" if is_number else "boolean" if value.dtype == torch.bool else "integer"
-        if found in kind and value.dim() in dims:
+        is_dense = value.layout == torch.strided
+        is_known = is_dense and value.dtype not in UNSIGNED
+        if is_known and found in kind and value.dim() in dims:
             return
-        shown = f"{value.dtype} {tuple(value.shape)}"
+        shown = f"{value.dtype} {tuple(value.shape)}" + f" ({value.layout})" * (not is_dense)
+        if found in kind and not is_known:
+            fix = " Use .long()." if is_dense else " Use .to_dense()."
     else:
         shown = f"{type(value).__name__}: {value!r}"
-    raise MaskError(f"{name} got {argument} = {shown}; it must be a {kind} tensor {text}.")
+    raise MaskError(f"{name} got {argument} = {shown}; it must be a {kind} tensor {text}.{fix}")
+
+
+def integers(name: str, argument: str, value: Any, shape: str) -> Tensor:
+    """A list of ints as a tensor, and a tensor of integers of one dimension as it is."""
+    if isinstance(value, (list, tuple)) and all(is_int(n) and abs(n) < 2**63 for n in value):
+        return torch.tensor(value, dtype=torch.int64)
+    tensor_of(name, argument, value, "integer", {1: shape})
+    tensor: Tensor = value
+    return tensor
 
 
 def number(table: Tensor, *indices: Index) -> Index:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from flexsparse import Mask, MaskError, b, kv_idx, pattern, q_idx
-from flexsparse.masks.arguments import at_least, flag, number, tensor_of
+from flexsparse.masks.arguments import at_least, flag, integers, number, tensor_of
 from flexsparse.masks.positions import causal
 
 
@@ -30,7 +32,11 @@ def same_document(ids: Tensor) -> Mask:
 
 
 @pattern
-def packed(cu_seqlens_q: Tensor, cu_seqlens_kv: Tensor | None = None, inner: Mask = causal) -> Mask:
+def packed(
+    cu_seqlens_q: Tensor | Sequence[int],
+    cu_seqlens_kv: Tensor | Sequence[int] | None = None,
+    inner: Mask = causal,
+) -> Mask:
     """Packed sequences, each under the mask `inner` with positions of its own.
 
     Inside a sequence the last query stands at the last key (bottom-right), also where it has fewer
@@ -39,34 +45,35 @@ def packed(cu_seqlens_q: Tensor, cu_seqlens_kv: Tensor | None = None, inner: Mas
     packed([0, 1, 3], [0, 2, 5]), 3 x 5:    ##...
                                             ..##.
     Args:                                   ..###
-        cu_seqlens_q: integer [sequences + 1], where each sequence starts, and the end.
+        cu_seqlens_q: integers [sequences + 1], where each sequence starts, and the end.
         cu_seqlens_kv: the same for keys; that of the queries by default.
         inner: the mask inside a sequence.
 
     Source: FlashAttention's flash_attn_varlen_func.
     """
     same = cu_seqlens_kv is None
-    kv_ends = cu_seqlens_q if cu_seqlens_kv is None else cu_seqlens_kv
-    for name, ends in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_kv", kv_ends)):
-        _check_cu_seqlens(name, ends)
-    if len(cu_seqlens_q) != len(kv_ends):
+    q_ends = _ends("packed", "cu_seqlens_q", cu_seqlens_q)
+    kv_ends = q_ends if same else _ends("packed", "cu_seqlens_kv", cu_seqlens_kv)
+    if not isinstance(inner, Mask):
+        raise MaskError(f"packed(inner={inner!r}): inner must be a Mask, such as causal.")
+    if len(q_ends) != len(kv_ends):
         raise MaskError(
-            f"packed got {len(cu_seqlens_q) - 1} sequences of queries and {len(kv_ends) - 1} of "
+            f"packed got {len(q_ends) - 1} sequences of queries and {len(kv_ends) - 1} of "
             "keys; give both the same number."
         )
-    q_sequence, q_place = _sequences(cu_seqlens_q)
+    q_sequence, q_place = _sequences(q_ends)
     kv_sequence, kv_place = (q_sequence, q_place) if same else _sequences(kv_ends)
-    ahead = (kv_ends.diff() - cu_seqlens_q.diff()).to(q_place.dtype)
+    ahead = (kv_ends.diff() - q_ends.diff()).to(q_place.dtype)
     q_place = q_place if same else q_place + ahead[q_sequence.long()]
     mine = number(q_sequence, q_idx).equals(number(kv_sequence, kv_idx))
     return mine & inner.at(q_idx=number(q_place, q_idx), kv_idx=number(kv_place, kv_idx))
 
 
-def _check_cu_seqlens(name: str, ends: Tensor) -> None:
-    if ends.dim() != 1 or len(ends) < 2 or ends.is_floating_point() or ends.dtype == torch.bool:
-        raise MaskError(
-            f"{name} is {ends.dtype} {tuple(ends.shape)}; it must be integers [sequences + 1]."
-        )
+def _ends(pattern: str, name: str, given: Tensor | Sequence[int] | None) -> Tensor:
+    """cu_seqlens as a tensor: where each sequence starts, and the end."""
+    ends = integers(pattern, name, given, "[sequences + 1]")
+    if len(ends) < 2:
+        raise MaskError(f"{name} has {len(ends)} entries; it must have [sequences + 1], 2 or more.")
     if int(ends[0]) != 0:
         raise MaskError(f"{name} starts at {int(ends[0])}; it must start at 0.")
     lengths = ends.diff()
@@ -76,6 +83,9 @@ def _check_cu_seqlens(name: str, ends: Tensor) -> None:
             f"{name} decreases from {int(ends[place])} to {int(ends[place + 1])} at entry "
             f"{place + 1}; it must never decrease."
         )
+    if int(ends[-1]) >= 2**31:
+        raise MaskError(f"{name} ends at {int(ends[-1])}; it must end below 2**31.")
+    return ends
 
 
 def _sequences(ends: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,7 +97,7 @@ def _sequences(ends: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @pattern
-def shared_prefix(cu_seqlens: Tensor, prefix_of: Tensor) -> Mask:
+def shared_prefix(cu_seqlens: Tensor | Sequence[int], prefix_of: Tensor | Sequence[int]) -> Mask:
     """Packed documents, causal inside; some continue another, which they see whole.
 
     A prompt is stored once and each response to it sees it, in one packed sequence.
@@ -101,24 +111,23 @@ def shared_prefix(cu_seqlens: Tensor, prefix_of: Tensor) -> Mask:
         ##..##
 
     Args:
-        cu_seqlens: integer [documents + 1], where each document starts, and the end.
-        prefix_of: integer [documents], the document that each one continues; a document that
+        cu_seqlens: integers [documents + 1], where each document starts, and the end.
+        prefix_of: integers [documents], the document that each one continues; a document that
             continues none, such as a prompt, has its own number.
 
     Source: attention-gym's shared_prefix; bifurcated attention (arXiv 2403.08845).
     """
-    _check_cu_seqlens("cu_seqlens", cu_seqlens)
-    tensor_of("shared_prefix", "prefix_of", prefix_of, "integer", {1: "[documents]"})
-    n_documents = len(cu_seqlens) - 1
-    numbers = torch.arange(n_documents, device=prefix_of.device)
-    prefix = prefix_of.long()
+    ends = _ends("shared_prefix", "cu_seqlens", cu_seqlens)
+    prefix = integers("shared_prefix", "prefix_of", prefix_of, "[documents]").long()
+    n_documents = len(ends) - 1
+    numbers = torch.arange(n_documents, device=prefix.device)
     fits = len(prefix) == n_documents and bool(((prefix >= 0) & (prefix < n_documents)).all())
     if not fits or not torch.equal(prefix[prefix], prefix):
         raise MaskError(
-            f"shared_prefix(prefix_of={prefix_of.tolist()}): each of {n_documents} documents needs "
+            f"shared_prefix(prefix_of={prefix.tolist()}): each of {n_documents} documents needs "
             "the number of one that has its own number (a prefix of a prefix is not supported)."
         )
-    document, _ = _sequences(cu_seqlens)
+    document, _ = _sequences(ends)
     seen = torch.where(prefix == numbers, -1, prefix)[document.long()].int()
     mine, its = number(document, q_idx), number(document, kv_idx)
     return (causal & mine.equals(its)) | number(seen, q_idx).equals(its)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from flexsparse import Mask, MaskError, kv_idx, pattern, q_idx
-from flexsparse.masks.arguments import at_least, flag, tensor_of
+from flexsparse.masks.arguments import at_least, booleans, flag, tensor_of
 from flexsparse.masks.positions import causal, chunked, global_tokens, strided, window
 
 
@@ -121,7 +121,7 @@ def bigbird(
     if random_blocks is None:
         return kept
     tensor_of("bigbird", "random_blocks", random_blocks, "integer", {2: "[n_blocks, r]"})
-    low, high = (int(x) for x in random_blocks.aminmax())
+    low, high = map(int, random_blocks.aminmax()) if random_blocks.numel() else (0, 0)
     if len(random_blocks) != n_blocks or low < 0 or high > last:
         raise MaskError(
             f"bigbird got random_blocks {tuple(random_blocks.shape)} of {low} to {high}; it must "
@@ -148,6 +148,7 @@ def combiner_fixed(seq_len: int, max_seg_len: int, is_causal: bool = True) -> Ma
 
     Source: Combiner (arXiv 2107.05768), Combiner-Fixed (sqrt_fixed_full).
     """
+    booleans("combiner_fixed", is_causal=is_causal)
     at_least("combiner_fixed", 1, seq_len=seq_len, max_seg_len=max_seg_len)
     tokens = (kv_idx < seq_len) & chunked(max_seg_len)
     if not is_causal:
@@ -180,6 +181,7 @@ def orion_msp(
         row_num_global=row_num_global,
         row_window=row_window,
     )
+    booleans("orion_msp", as_released=as_released)
     near = abs(q_idx - kv_idx) <= (0 if as_released else row_window)
     special = row_num_cls + row_num_global
     return near | (q_idx < special) | (kv_idx < special)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from flexsparse import Mask, MaskError, kv_idx, pattern, q_idx
-from flexsparse.masks.arguments import at_least, is_int, one_of
+from flexsparse.masks.arguments import at_least, booleans, is_int, one_of
 from flexsparse.masks.positions import causal, sink, window
 
 DUO_PHASES = ("training", "training_blocks", "prefill", "decoding")
@@ -66,6 +66,7 @@ def block_streaming(
     at_least("block_streaming", 1, local_blocks=local_blocks, block_size=block_size)
     if not is_int(q_offset):
         raise MaskError(f"block_streaming(q_offset={q_offset!r}): q_offset must be an int.")
+    booleans("block_streaming", is_causal=is_causal)
     kv_block = kv_idx // block_size
     if is_causal:
         # the block of a row, counted so that the diagonal ends in the last local block
@@ -99,6 +100,7 @@ def streaming_llm(start_size: int = 4, recent_size: int = 512, evict_first: bool
     """
     at_least("streaming_llm", 0, start_size=start_size)
     at_least("streaming_llm", 1, recent_size=recent_size)
+    booleans("streaming_llm", evict_first=evict_first)
     return causal & (sink(start_size) | window(recent_size + (not evict_first)))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from flexsparse import Mask, MaskError, PerHead, kv_idx, pattern, per_head, q_idx
-from flexsparse.masks.arguments import at_least
+from flexsparse.masks.arguments import at_least, booleans, counts, is_int
 from flexsparse.masks.positions import causal, full
 
 
@@ -107,10 +107,12 @@ def s2_attention(
     """
     name = "s2_attention"
     n_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-    at_least(name, 1, num_heads=num_heads, num_kv_heads=n_kv_heads, vert_stride=vert_stride)
+    counts(name, num_heads=num_heads, num_kv_heads=n_kv_heads)
+    at_least(name, 1, vert_stride=vert_stride)
     at_least(name, 0, num_dense_heads=num_dense_heads, head_sliding_offset=head_sliding_offset)
     step = max(1, vert_stride // num_heads) if head_sliding_step is None else head_sliding_step
     at_least(name, 0, head_sliding_step=step)
+    booleans(name, homo_head=homo_head, causal=causal)
     if num_heads % n_kv_heads or num_dense_heads > n_kv_heads:
         raise MaskError(
             f"s2_attention(num_heads={num_heads}, num_kv_heads={n_kv_heads}, num_dense_heads="
@@ -122,7 +124,8 @@ def s2_attention(
             f"s2_attention(homo_head=True, num_dense_heads={num_dense_heads}): heads cannot be "
             "alike and some of them dense; drop one of the two."
         )
-    if causal is not isinstance(local_blocks, int):
+    is_pair = isinstance(local_blocks, (tuple, list)) and len(local_blocks) == 2
+    if not (is_int(local_blocks) if causal else is_pair):
         raise MaskError(
             f"s2_attention(local_blocks={local_blocks!r}, causal={causal}): local_blocks must be "
             "an int if causal, else a pair (left, right)."
@@ -173,6 +176,8 @@ def phi3_small(
     """
     at_least("phi3_small", 0, layer_idx=layer_idx)
     at_least("phi3_small", 1, dense_attention_every_n_layers=dense_attention_every_n_layers)
+    counts("phi3_small", num_attention_heads=num_attention_heads)
+    booleans("phi3_small", blocksparse_homo_head_pattern=blocksparse_homo_head_pattern)
     if (layer_idx + 1) % dense_attention_every_n_layers == 0:
         return per_head([causal] * num_attention_heads)
     return s2_attention(

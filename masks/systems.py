@@ -5,12 +5,22 @@ The names and defaults of the arguments are those of the systems.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
 from flexsparse import Mask, MaskError, PerHead, per_head
-from flexsparse.masks.arguments import at_least, one_of, tensor_of
+from flexsparse.masks.arguments import (
+    at_least,
+    booleans,
+    counts,
+    entries,
+    is_int,
+    one_of,
+    tensor_of,
+)
 from flexsparse.masks.positions import causal, full
 from flexsparse.masks.streaming import block_streaming, duo_streaming, token_streaming
 from flexsparse.masks.tables import block_sparse
@@ -42,6 +52,7 @@ def block_sparse_attention(
 
     Source: Block-Sparse-Attention's block_sparse_attn_func.
     """
+    booleans("block_sparse_attention", is_causal=is_causal, exact_streaming=exact_streaming)
     types = _ints("block_sparse_attention", "head_mask_type", head_mask_type)
     sparse_heads = [head for head, kind in enumerate(types) if kind == 1]
     if max(types) > 1:
@@ -113,7 +124,7 @@ def duo_attention(
     sink_size: int = 64,
     recent_size: int = 256,
     group_size: int = 1,
-    threshold: float = 0.5,
+    threshold: float | Tensor = 0.5,
     phase: str = "decoding",
     chunk_size: int | None = None,
 ) -> PerHead:
@@ -146,7 +157,7 @@ def lserve(
     ctx_sink_token: int = 128,
     ctx_local_token: int = 8192,
     group_size: int = 1,
-    threshold: float = 0.5,
+    threshold: float | Tensor = 0.5,
 ) -> PerHead:
     """LServe's prefill: retrieval heads are causal, the others see a sink and a window of tokens.
 
@@ -171,16 +182,23 @@ def lserve(
 
 
 def _split(
-    name: str, values: Sequence[float] | Tensor, threshold: float, group_size: int, streaming: Mask
+    name: str,
+    values: Sequence[float] | Tensor,
+    threshold: float | Tensor,
+    group_size: int,
+    streaming: Mask,
 ) -> PerHead:
     """Causal for the kv heads whose value reaches the threshold, streaming for the others."""
-    heads = values.tolist() if isinstance(values, Tensor) else list(values)
+    heads = entries(values)
     if not heads or not all(isinstance(v, (int, float)) and 0 <= v <= 1 for v in heads):
         raise MaskError(
-            f"{name}(full_attention_heads={heads}): give one number of 0 to 1 for each kv head of "
-            "a layer."
+            f"{name}(full_attention_heads={heads or values!r}): give one number of 0 to 1 for each "
+            "kv head of a layer."
         )
-    at_least(name, 1, group_size=group_size)
+    is_one = isinstance(threshold, Tensor) and threshold.numel() == 1
+    if not is_one and not isinstance(threshold, (int, float)):
+        raise MaskError(f"{name}(threshold={threshold!r}): threshold must be a number.")
+    counts(name, group_size=group_size)
     return per_head(
         [causal if v >= threshold else streaming for v in heads for _ in range(group_size)]
     )
@@ -217,7 +235,8 @@ def moa(
     at_least("moa", 1, seq_len=seq_len, block_size=block_size)
     at_least("moa", 0, max_new_token=max_new_token, sink_size=sink_size)
     one_of("moa", "phase", phase, ("prefill", "decoding"))
-    if len(alphas) != len(betas) or not len(alphas):
+    alphas, betas = _numbers("moa", "alphas", alphas), _numbers("moa", "betas", betas)
+    if len(alphas) != len(betas) or not alphas:
         raise MaskError(
             f"moa got {len(alphas)} alphas and {len(betas)} betas; give one of each for every head."
         )
@@ -228,7 +247,7 @@ def moa(
     length = seq_len + max_new_token
 
     def mask_of(alpha: float, beta: float) -> Mask:
-        span = max(min(int(alpha + beta * length), length), 128)
+        span = int(max(min(alpha + beta * length, length), 128))
         span = -(-span // block_size) * block_size
         sink = min(span, sink_size)
         if span == sink:
@@ -261,7 +280,7 @@ def longgen(n_layers: int, sparse: Mask) -> list[Mask]:
 
     Source: LongGen (arXiv 2410.01485). Its block sizes are not published with it.
     """
-    at_least("longgen", 1, n_layers=n_layers)
+    counts("longgen", n_layers=n_layers)
     if not isinstance(sparse, Mask):
         raise MaskError(f"longgen(sparse={sparse!r}): give a Mask, such as block_streaming(1, 3).")
     n_full = n_layers // 3
@@ -272,8 +291,18 @@ def longgen(n_layers: int, sparse: Mask) -> list[Mask]:
 def _ints(name: str, argument: str, values: Sequence[int] | Tensor) -> list[int]:
     if isinstance(values, Tensor):
         tensor_of(name, argument, values, "integer", {1: "[n]"})
-        return [int(v) for v in values.tolist()]
-    numbers = list(values)
-    if not numbers or not all(isinstance(v, int) and not isinstance(v, bool) for v in numbers):
+    numbers = entries(values)
+    if not numbers or not all(map(is_int, numbers)):
         raise MaskError(f"{name}({argument}={values!r}): {argument} must be a list of ints.")
+    return numbers
+
+
+def _numbers(name: str, argument: str, values: Any) -> list[float]:
+    numbers = entries(values)
+    is_list = bool(numbers) or isinstance(values, (Sequence, Tensor))
+    if not is_list or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in numbers):
+        raise MaskError(
+            f"{name}({argument}={values!r}): {argument} must be a list of numbers, one for each "
+            "head."
+        )
     return numbers

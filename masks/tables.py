@@ -23,11 +23,20 @@ from flexsparse import (
     pattern,
     q_idx,
 )
-from flexsparse.masks.arguments import at_least, flag, is_int, number, sizes, tensor_of
+from flexsparse.masks.arguments import (
+    at_least,
+    booleans,
+    flag,
+    is_int,
+    number,
+    sizes,
+    tensor_of,
+)
 from flexsparse.masks.positions import causal
 
 PER_TOKEN = {1: "[tokens]", 2: "[heads, tokens]", 3: "[B, heads, tokens]"}
 PER_LIST = {1: "[n]", 2: "[heads, n]", 3: "[B, heads, n]"}
+MOST_TOKENS = 1 << 30  # a list becomes a table as long as its largest number
 
 
 @pattern
@@ -134,6 +143,7 @@ def vertical_slash_blocks(vertical: Tensor, slash: Tensor, granularity: int = 12
     if slash.dtype == torch.bool:
         places = torch.arange(slash.shape[-1], device=slash.device)
         slash = torch.where(slash, places, -1)
+    _largest(name, "slash", slash)
     # a diagonal lies on one diagonal of blocks, and on the next one unless it is on the grid
     distance = slash // granularity
     crossed = torch.where(slash % granularity != 0, distance + 1, distance)
@@ -150,11 +160,22 @@ def _members(name: str, argument: str, given: Tensor) -> Callable[[Index], Mask]
     if given.dtype == torch.bool:
         return lambda index: flag(given, *leading, index)
     # the last entry stands for all numbers past the largest
-    past = max(int(given.max()) + 1, 0) if given.numel() else 0
+    past = max(_largest(name, argument, given) + 1, 0)
     table = torch.zeros(*given.shape[:-1], past + 1, dtype=torch.bool, device=given.device)
     table.scatter_(-1, torch.where(given < 0, past, given).long(), True)
     table[..., past] = False
     return lambda index: flag(table, *leading, minimum(index, past))
+
+
+def _largest(name: str, argument: str, given: Tensor) -> int:
+    """The largest of the numbers of columns or diagonals; -1 if there is none."""
+    largest = int(given.max()) if given.numel() else -1
+    if largest >= MOST_TOKENS:
+        raise MaskError(
+            f"{name} got {argument} up to {largest}; its numbers must be below 2**30. Fill up "
+            "shorter lists with negative numbers."
+        )
+    return largest
 
 
 @pattern
@@ -208,6 +229,7 @@ def clusters(q_cluster: Tensor, k_cluster: Tensor | None = None, is_causal: bool
 
     Source: Routing Transformer (arXiv 2003.05997), hard assignment: a token is in one cluster.
     """
+    booleans("clusters", is_causal=is_causal)
     k_cluster = q_cluster if k_cluster is None else k_cluster
     tensor_of("clusters", "q_cluster", q_cluster, "integer", PER_TOKEN)
     tensor_of("clusters", "k_cluster", k_cluster, "integer", PER_TOKEN)

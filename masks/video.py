@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from flexsparse import Index, Mask, MaskError, kv_idx, pattern, q_idx
-from flexsparse.masks.arguments import at_least, flag, is_int, tensor_of
+from flexsparse.masks.arguments import at_least, booleans, flag, is_int, tensor_of
 from flexsparse.masks.positions import causal
 
 
@@ -85,6 +85,7 @@ def spatial_head(
     at_least(
         "spatial_head", 1, token_per_frame=token_per_frame, width=width, round_width=round_width
     )
+    booleans("spatial_head", attn_sink=attn_sink)
     band = width * token_per_frame // round_width * round_width
     if band < 1:
         raise MaskError(
@@ -219,6 +220,7 @@ def mminference_grid(
     """
     at_least("mminference_grid", 1, stride=stride)
     at_least("mminference_grid", 0, shift=shift, n_local=n_local, vision_start=vision_start)
+    booleans("mminference_grid", horizontal=horizontal, vertical=vertical, slash=slash)
     if shift >= stride:
         raise MaskError(
             f"mminference_grid(stride={stride}, shift={shift}): shift must be less than stride; "

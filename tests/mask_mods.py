@@ -218,6 +218,7 @@ SCORES[7], SCORES[8] = float("nan"), float("inf")
 FINE = torch.linspace(-1, 1, 600, dtype=torch.float64)
 PAIRS = torch.stack([torch.arange(600) // 2, torch.arange(600) // 2 + 90], 1)
 BOOK = torch.arange(5 * 120).view(5, 120)
+PAGES = torch.arange(4 * 10 * 20).view(4, 10, 20)
 
 
 def _in_place(b, h, q_idx, kv_idx):
@@ -267,6 +268,16 @@ IDIOMS = {
     "constant index": lambda b, h, q, k: q - k < OFFSETS[-2] - OFFSETS[1],
     "rows": lambda b, h, q, k: BOOK[q // 120][k // 5] > BOOK[:, 3][q // 120] + 40,
     "view": lambda b, h, q, k: DOCUMENTS.view(-1, 60)[q // 60, k % 60] == DOCUMENTS[k],
+    "entry of every row": lambda b, h, q, k: (
+        (BOOK.T[:, q // 120] > k).any() & (BOOK[..., k % 120] > q).any()
+    ),
+    "end of a row": lambda b, h, q, k: (
+        (BOOK[q // 120, -1:] > k).all() | (BOOK[k // 120, None] < q).all()
+    ),
+    "middle of a row": lambda b, h, q, k: (PAGES[k // 150, 5:9:2, q % 20] > q).all(),
+    "places and indices": lambda b, h, q, k: (
+        PAGES[:, torch.arange(3), k % 20, None][q // 150, 2, 0] > k
+    ),
     "unpacked row": _parts,
     "stacked": lambda b, h, q, k: (
         torch.stack([q, k, q - k]).amax() - torch.stack([q, k])[k % 2] < 90
@@ -297,6 +308,10 @@ OPAQUE = {
     "hash": (lambda b, h, q, k: (q * 6364136223846793005 + k) >> 33 & 7 == 3, {"aten.mul"}),
     "power": (lambda b, h, q, k: 2.0 ** (q % 9) > k, {"aten.pow"}),
     "half": (lambda b, h, q, k: q.half() * 0.3 > k.half(), {"aten.mul"}),
+    "bits of floats": (
+        lambda b, h, q, k: q.float().view(torch.int32) >> 23 > k.float().view(torch.int32) >> 23,
+        {"aten.view"},
+    ),
     "cumsum": (lambda b, h, q, k: (BOOK[q // 120] * k).cumsum(0)[k % 99] > 9, {"aten.cumsum"}),
     "long sum": (lambda b, h, q, k: (DOCUMENTS * q).sum() % 1000 > k, {"aten.sum"}),
     "argmax": (lambda b, h, q, k: (PAIRS[k] - q).abs().argmax() == 0, {"aten.argmax"}),

@@ -5,7 +5,18 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 import flexsparse as fs
-from flexsparse import ExecutorError, MaskError, b, compile_mask, h, kv_idx, lookup, per_head, q_idx
+from flexsparse import (
+    ExecutorError,
+    MaskError,
+    b,
+    compile_mask,
+    from_mask_mod,
+    h,
+    kv_idx,
+    lookup,
+    per_head,
+    q_idx,
+)
 from flexsparse.executors import flex, reference
 from flexsparse.masks import causal, full, packed, padding, sink, window
 
@@ -231,6 +242,20 @@ def test_inside_a_compiled_model():
         torch.testing.assert_close(compiled, model(x))
 
 
+def test_a_mask_made_inside_a_compiled_model():
+    torch._dynamo.reset()
+
+    @torch.compile(backend="eager")
+    def model(q, k, v):
+        mask = from_mask_mod(lambda b, h, q_idx, kv_idx: q_idx - kv_idx < 100)
+        attend = compile_mask(causal & mask, q.shape[2], k.shape[2])
+        return attend(2 * q, k, v, executor="reference")
+
+    for length in (200, 300):
+        q, k, v = inputs(length, length)
+        assert_as_good_as_dense(model(q, k, v), causal & window(100), 2 * q, k, v)
+
+
 def test_one_kernel_for_all_numbers_and_lengths():
     q, k, v = inputs(700, 700)
     compile_mask(causal & (sink(2) | window(11)), 700, 700)(q, k, v)
@@ -283,6 +308,10 @@ COMPILE_MISTAKES = [
     (lambda: compile_mask(causal, 8, 8, block_size=0), "block_size=0"),
     (lambda: compile_mask(causal, 8, 8, block_size=(1, 2, 3)), r"block_size=\(1, 2, 3\)"),
     (lambda: compile_mask(causal, 8, 8, device="nowhere"), "device='nowhere' cannot be used"),
+    (lambda: compile_mask(causal, 8, 8, device=[]), r"device=\[\] cannot be used"),
+    (lambda: compile_mask(causal, 8, 2**31), "kv_len=2147483648; it must be at most 2,147,483,647"),
+    (lambda: compile_mask(causal, 8, 8, n_heads=10**9), "it must be at most 65,536"),
+    (lambda: compile_mask(q_idx == kv_idx, 8, 8), r"not bool.* write a\.equals\(b\)"),
     (lambda: compile_mask(kv_idx < h, 8, 8), "reads h.*give n_heads"),
     (lambda: compile_mask(kv_idx < b, 8, 8), "reads b.*give batch"),
     (lambda: compile_mask(per_head([causal] * 3), 8, 8, n_heads=4), "3 masks but n_heads=4"),

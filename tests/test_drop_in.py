@@ -104,6 +104,14 @@ def test_compile_is_accepted_and_ignored():
     assert_same_lists(ours, by_torch(causal, None, None, 300, 300, "cpu"))
 
 
+def test_torch_compile_runs_it_as_it_is():
+    torch._dynamo.reset()
+    compiled = torch.compile(create_block_mask)
+    for length in (300, 400):
+        ours = compiled(causal, None, None, length, length, "cpu")
+        assert_same_lists(ours, by_torch(causal, None, None, length, length, "cpu"))
+
+
 def test_a_mask_is_taken_as_it_is():
     ours = create_block_mask(window(90), None, None, 300, 300, "cpu")
     assert_same_lists(ours, by_torch(lambda b, h, q, k: q - k < 90, None, None, 300, 300, "cpu"))
@@ -153,6 +161,8 @@ BAD = [
     ({"H": 2.0}, r"H=2\.0; it must be an int of 1 or more, or None"),
     ({"BLOCK_SIZE": (128, 0)}, r"BLOCK_SIZE=\(128, 0\)"),
     ({"device": "nowhere"}, r"device='nowhere' cannot be used here"),
+    ({"device": 3.5}, r"device=3\.5 cannot be used here"),
+    ({"KV_LEN": 2**31}, r"KV_LEN=2147483648; it must be at most"),
     ({"dq_kv_order": torch.arange(3)}, r"dq_kv_order=.*must be a bool"),
     ({"no_such": 1}, r"got no_such=1; torch .* knows no such argument\. It has mask_mod, B, H"),
 ]

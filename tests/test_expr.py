@@ -8,6 +8,7 @@ import subprocess
 import sys
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -62,6 +63,9 @@ EQUAL = [
     (lookup(torch.arange(4), h) < kv_idx, lookup(torch.arange(4), h) < kv_idx),
     (causal.at(q_idx=q_idx + 5), kv_idx <= q_idx + 5),
     (q_idx >= kv_idx, kv_idx <= q_idx),
+    ((q_idx - kv_idx).abs() < 3, abs(q_idx - kv_idx) < 3),
+    (q_idx < np.int64(5), np.int64(5) > q_idx),
+    (q_idx < np.uint8(5), q_idx < 5),
 ]
 DIFFERENT = [
     (causal & window(3), causal & window(4)),
@@ -93,8 +97,25 @@ MISTAKES = [
     (lambda: sink(-1), "0 or more"),
     (lambda: lookup([1, 2], q_idx), "reads a torch.Tensor, not list"),
     (lambda: lookup(torch.rand(4), q_idx), "the table is torch.float32"),
+    (lambda: lookup(TABLE.to(torch.uint16), q_idx), r"is torch.uint16\. Use \.long\(\)"),
+    (lambda: lookup(TABLE.to_sparse(), q_idx), r"is torch.sparse_coo; use \.to_dense\(\)"),
     (lambda: lookup(TABLE, q_idx, kv_idx), "2 indices for a table of 1 dimensions"),
     (lambda: lookup(TABLE[:0], q_idx), "empty table"),
+    (lambda: [1, 2][q_idx], r"fs\.lookup\(table"),
+    (lambda: int(kv_idx), "not one number"),
+    (lambda: q_idx**2, r"Write x \* x"),
+    (lambda: q_idx << 2, r"x \* 4"),
+    (lambda: 5 >> q_idx, "x // 4"),
+    (lambda: ~q_idx, "compare it first"),
+    (lambda: max(q_idx, 3), r"fs\.maximum\(x, 3\)"),
+    (lambda: causal + causal, r"Combine Masks with &"),
+    (lambda: causal - causal, r"a & ~b is a without b"),
+    (lambda: causal < 3, r"fs\.where\(mask, 1, 0\)"),
+    (lambda: causal & ~(q_idx == kv_idx), r"write ~a\.equals\(b\)"),
+    (lambda: causal.named(3), r"named\(3\): a label must be a str of one line"),
+    (lambda: causal.named("a\nb"), "one line"),
+    (lambda: causal.to("nowhere"), "device='nowhere' cannot be used here"),
+    (lambda: (lookup(TABLE, q_idx) < 3).to(3.5), r"device=3\.5 cannot be used here"),
     (lambda: causal.at(row=q_idx), r"got \['row'\]"),
     (lambda: per_head([]), "no masks"),
     (lambda: per_head([causal, window]), "window"),
@@ -167,6 +188,14 @@ def test_a_pattern_of_ones_own_is_named_after_its_call():
         return (kv_idx % n).equals(0)
 
     assert (every(4) & causal).name == "every(4) & causal"
+
+
+def test_a_name_is_one_line_whatever_the_arguments_are():
+    @pattern
+    def first_of(tables):
+        return kv_idx < int(tables.min())
+
+    assert first_of(np.arange(6).reshape(2, 3)).name == "first_of(array([[0, 1, 2], [3, 4, 5]]))"
 
 
 @settings(max_examples=150)

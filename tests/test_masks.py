@@ -189,6 +189,13 @@ def test_a_bad_argument_says_what_to_write(build, message):
         build()
 
 
+def test_packed_sequences_are_given_as_lists_too():
+    tensors = torch.tensor([0, 50, 100]), torch.tensor([0, 0])
+    assert library.packed([0, 50, 100]) == library.packed(tensors[0])
+    assert library.shared_prefix([0, 50, 100], (0, 0)) == library.shared_prefix(*tensors)
+    assert parse("packed([0, 50])", vars(library)) == library.packed(torch.tensor([0, 50]))
+
+
 def test_masks_import_only_public_names():
     public = set(flexsparse.__all__)
     for path in Path(library.__file__).parent.glob("*.py"):

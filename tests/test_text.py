@@ -32,6 +32,10 @@ MISTAKES = [
     ("__import__('os')", 1, "unknown name '__import__'"),
     ("(" * 200 + "causal" + ")" * 200, 41, "40 levels"),
     ("q_idx.equals()", 7, "takes one index"),
+    ("window(size=3, size=400)", 16, "size is given twice"),
+    ("q_idx < " + "9" * 5000, 9, "a number of 5000 digits"),
+    ("__builtins__", 1, "unknown name '__builtins__'"),
+    ("positions", 1, "unknown name 'positions'"),
     ("", 1, "the end of the text"),
 ]
 
@@ -51,6 +55,13 @@ def test_mistakes_are_pointed_at(text, column, message):
 def test_only_text_is_parsed():
     with pytest.raises(MaskError, match="not int"):
         parse(3)
+
+
+def test_names_are_those_of_a_dict_or_of_a_module():
+    assert parse("causal", masks) == causal
+    for names in (["causal"], 3):
+        with pytest.raises(MaskError, match="give a dict or a module"):
+            parse("causal", names)
 
 
 def test_nothing_is_called_that_was_not_handed_in():

@@ -9,7 +9,7 @@ from mask_mods import IDIOMS, OPAQUE, PUBLISHED
 from oracles import dense, grids, masks
 from torch.nn.attention.flex_attention import create_mask
 
-from flexsparse import MaskError, compile_mask, h, kv_idx, q_idx
+from flexsparse import MaskError, compile_mask, h, kv_idx, per_head, q_idx
 from flexsparse.classify import Grid, classify
 from flexsparse.interval import INTERVAL_READING, Interval
 from flexsparse.masks import causal, window
@@ -60,6 +60,14 @@ def test_an_operator_without_a_rule_is_exact_and_named(name):
 def test_equal_opaque_masks_are_equal(name):
     mask_mod, _ = OPAQUE[name]
     assert from_mask_mod(mask_mod) == from_mask_mod(mask_mod)
+
+
+def test_opaque_masks_that_differ_in_which_table_stands_where_differ():
+    one, other = torch.arange(600), torch.arange(600).flip(0)
+    first = from_mask_mod(lambda b, h, q, k: (one[q] * one * other * one).sum() % 64 > 20)
+    second = from_mask_mod(lambda b, h, q, k: (one[q] * one * other * other).sum() % 64 > 20)
+    assert first != second
+    assert per_head([first, second]).which == (0, 1)
 
 
 def test_a_traced_mask_is_the_expression_one_would_write():
@@ -202,6 +210,12 @@ def test_tables_made_in_a_loop_are_watched(step):
     assert not mask.tables[0].changed
     table += 1
     assert mask.tables[0].changed
+
+
+@pytest.mark.parametrize("device", ["nowhere", 3.5, []])
+def test_a_device_that_is_none_is_refused(device):
+    with pytest.raises(MaskError, match="cannot be used here"):
+        from_mask_mod(lambda b, h, q, k: q >= k, device=device)
 
 
 @pytest.mark.parametrize(

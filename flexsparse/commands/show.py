@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-from flexsparse.commands.arguments import positive, read_mask
+from flexsparse.commands.arguments import CommandError, positive, read_mask
 from flexsparse.compiler import CompiledMask, compile_mask
 from flexsparse.terminal import Ink, picture
 
@@ -39,6 +39,9 @@ def add_mask_arguments(parser: argparse.ArgumentParser) -> None:
 def compiled_from(args: argparse.Namespace, device: str = "cpu") -> CompiledMask:
     """The mask of the command line, compiled."""
     mask = read_mask(args.mask)
+    for variable, option, what in (("h", "heads", "query heads"), ("b", "batch", "batch rows")):
+        if variable in mask.variables and getattr(args, option) is None:
+            raise CommandError(f"The mask reads {variable}: give --{option}, how many {what}.")
     return compile_mask(
         mask,
         args.q_len or args.kv_len,

@@ -35,6 +35,8 @@ def _unsqueeze(call: Call) -> Array:
 
 
 def _reshape(call: Call) -> Array:
+    if call.dtype != call.values["self"].dtype:
+        raise Untranslatable("the bits of one dtype read as another")  # view(dtype)
     s, source, shape = call.scalars, call.values["self"].shape, call.shape
 
     def places_in_self(places: Places) -> Places:

@@ -25,6 +25,13 @@ class Slot:
     number: int
 
 
+@dataclass(frozen=True)
+class Operand:
+    """A tensor that a program or an operator is given, by its number: what a key says of it."""
+
+    number: int
+
+
 class Step(NamedTuple):
     """One call: an operator, its arguments with Slots for tensors, and the slots of its results."""
 
@@ -104,7 +111,10 @@ class Program:
             flat = torch.vmap(run, chunk_size=chunk)(*(x.flatten() for x in given))
             return flat.view(given[0].shape)
 
-        key = (str(tuple(steps)), target, places)
+        # a Table prints as its shape alone, and the key says which of them stands where
+        numbers = {table: Operand(i) for i, table in enumerate(tables)}
+        written = pytree.tree_map_only(Table, numbers.__getitem__, tuple(map(tuple, steps)))
+        key = (str(written), target, places)
         payload = Opaque(name, tensor.dtype, key, tables, False, call)
         return _node(scalars, payload, [scalars.variable(VARIABLES[i]) for i in inputs])
 
@@ -139,7 +149,9 @@ def elementwise(
         result: Tensor = func(*args, **kwargs)
         return result
 
-    key = (str(func), str(template), tuple(dtypes))
+    numbers = iter(range(len(operands)))
+    shown = [Operand(next(numbers)) if isinstance(x, Array) else x for x in leaves]
+    key = (str(func), str(pytree.tree_unflatten(shown, spec)), tuple(dtypes))
     return _node(scalars, Opaque(name, dtype, key, (), True, call), entries)
 
 

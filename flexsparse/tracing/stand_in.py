@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,7 +34,36 @@ class ReadsEntries(TorchFunctionMode):
                     for x in indices
                 ]
                 return torch.ops.aten.index.Tensor(table, places)
+            if any(map(_is_place, indices)):
+                # each takes its dimension away, and what is left are slices, None and ...
+                entries = torch.ops.aten.index.Tensor(table, _places(table, indices))
+                return entries[tuple(x for x in indices if not _is_place(x))]
         return func(*args, **(kwargs or {}))
+
+
+def _is_place(index: Any) -> bool:
+    """Whether an index is one number, which may not be known yet."""
+    masks = (torch.bool, torch.uint8)
+    return isinstance(index, Tensor) and not index.dim() and index.dtype not in masks
+
+
+def _places(table: Tensor, indices: Sequence[Any]) -> list[Tensor | None]:
+    """The numbers among the indices of table[indices], each at its dimension."""
+    consumed = [_consumed(x) for x in indices]
+    result: list[Tensor | None] = []
+    for index, n in zip(indices, consumed, strict=True):
+        if index is Ellipsis:
+            n = max(table.dim() - sum(consumed), 0)
+        result += [index] if _is_place(index) else [None] * n
+    return result
+
+
+def _consumed(index: Any) -> int:
+    """How many dimensions of a tensor an index is of; what `...` stands for is not counted."""
+    if index is None or index is Ellipsis or isinstance(index, bool):
+        return 0
+    is_mask = isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8)
+    return index.dim() if is_mask else 1
 
 
 class StandIn(Tensor):

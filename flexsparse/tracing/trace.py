@@ -18,12 +18,15 @@ from typing import Any
 
 import torch
 
+from flexsparse.arguments import usable_device
 from flexsparse.errors import MaskError
 from flexsparse.expr import VARIABLES, Mask
 from flexsparse.tracing.stand_in import ReadsEntries, ValueNeededError
 from flexsparse.tracing.tracer import Tracer
+from flexsparse.uncompiled import uncompiled
 
 
+@uncompiled
 def from_mask_mod(fn: Callable[..., Any], *, device: torch.device | str | None = None) -> Mask:
     """The mask that a FlexAttention mask_mod computes, as an expression.
 
@@ -43,7 +46,7 @@ def from_mask_mod(fn: Callable[..., Any], *, device: torch.device | str | None =
     reason = _not_a_mask_mod(fn, name)
     if reason is not None:
         raise MaskError(reason)
-    tracer = Tracer(torch.device(device or "cpu"))
+    tracer = Tracer(usable_device("cpu" if device is None else device))
     try:
         with torch.no_grad(), tracer, ReadsEntries():
             result = fn(*tracer.indices)

@@ -201,6 +201,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 array = Array(tuple(output.shape), output.dtype, no_rule)
             else:
                 array = made[i] if isinstance(made, list) else made
+                # operators that share a name, as view(shape) and view(dtype) do, share a rule
+                assert (array.shape, array.dtype) == (tuple(output.shape), output.dtype), own_name
             array.otherwise = opaque
             self._follow(output, output.meta, array)  # type: ignore[attr-defined]
             if not array.shape:
