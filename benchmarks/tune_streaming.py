@@ -44,7 +44,8 @@ def attempt(
 ) -> float | str:
     """Milliseconds with this tile for a kernel, or why there are none."""
     *tensors, dout = bench.tensors(length)
-    usual = streaming_tiles.tiles_for(tensors[0], tensors[2], softcap=0.0)
+    pack = streaming_tiles.pack_of(bench.args.heads // bench.args.kv_heads)
+    usual = streaming_tiles.tiles_for(tensors[0], tensors[2], 0.0, pack)
     streaming_ops.tiles_for = lambda *args: usual._replace(**{kernel: tile})
     name = "fwd" if kernel == "fwd" else "fwd_bwd"
     try:
@@ -80,7 +81,8 @@ def main() -> None:
 
     bench = Bench(args)
     q, _, v, _ = bench.tensors(COMPILE_LENGTH if not args.dry_run else args.length)
-    usual = streaming_tiles.tiles_for(q, v, softcap=0.0)._asdict()
+    pack = streaming_tiles.pack_of(args.heads // args.kv_heads)
+    usual = streaming_tiles.tiles_for(q, v, 0.0, pack)._asdict()
     found: dict[tuple[str, tuple[int, int]], list[tuple[float, Tile]]] = {}
     for (kernel, tile), pattern in itertools.product(tiles, patterns):
         if time.perf_counter() > stop:

@@ -18,7 +18,14 @@ from torch import Tensor
 
 from flexsparse.executors.streaming_forward import LOWEST, forward_tile, no_keys_yet, out_and_lse
 from flexsparse.executors.streaming_schedule import FAR, key_tile, needs_mask, schedule
-from flexsparse.executors.streaming_tiles import cdiv, dims, padded, score_factors, strides
+from flexsparse.executors.streaming_tiles import (
+    cdiv,
+    dims,
+    launch_options,
+    padded,
+    score_factors,
+    strides,
+)
 from flexsparse.executors.streaming_walk import load_rows, store_rows
 
 DECODE_ROWS = 64  # up to this many rows (query rows x heads of a group) splitting pays
@@ -177,7 +184,7 @@ def streaming_decode(
             q, k, v, part, part_lse, sink, window, q_offset, page_table, kv_lens,
             *strides(q, k, v), n_heads, group_size, q_len, k.shape[2], n_splits, n_pages,
             *score_factors(scale, softcap), **shape, BLOCK_ROWS=rows, BLOCK_KV=block_kv,
-            PAGE_SIZE=page_size, SOFTCAP=softcap > 0, num_warps=warps, num_stages=2,
+            PAGE_SIZE=page_size, SOFTCAP=softcap > 0, **launch_options(warps, stages=2),
         )  # fmt: skip
         if n_splits > 1:
             streaming_merge_kernel[(lse.numel(),)](

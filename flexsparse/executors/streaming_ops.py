@@ -18,6 +18,7 @@ from flexsparse.executors.streaming_tiles import (
     SUM_TILE,
     cdiv,
     dims,
+    launch_options,
     pack_of,
     row_grid,
     score_factors,
@@ -53,7 +54,7 @@ def streaming_forward(
         return out, lse
     group_size = q.shape[1] // k.shape[1]
     pack = pack_of(group_size)
-    tile = tiles_for(q, v, softcap).fwd
+    tile = tiles_for(q, v, softcap, pack).fwd
     grid, tiles = row_grid(q, tile, pack, cu_seqlens_q)
     with torch.cuda.device_of(q):
         forward.streaming_fwd_kernel[grid](
@@ -61,7 +62,7 @@ def streaming_forward(
             *strides(q, k, v), q.shape[1], group_size, q.shape[2], k.shape[2],
             *score_factors(scale, softcap), **dims(q, v), BLOCK_Q=tile.rows // pack,
             BLOCK_KV=tile.kv, BLOCK_SINK=SINK_TILE, PACK=pack, HALVES=tile.halves,
-            SOFTCAP=softcap > 0, num_warps=tile.warps, num_stages=tile.stages,
+            SOFTCAP=softcap > 0, **launch_options(tile.warps, tile.stages),
         )  # fmt: skip
     return out, lse
 
@@ -98,7 +99,7 @@ def streaming_backward(
         return dq.zero_(), dk.zero_(), dv.zero_()
     group_size = n_heads // n_kv_heads
     pack = pack_of(group_size)
-    tiles = tiles_for(q, v, softcap)
+    tiles = tiles_for(q, v, softcap, pack)
     shape = dims(q, v)
     factors = (*score_factors(scale, softcap), scale)
     dout, dlse = dout.contiguous(), dlse.contiguous()
@@ -111,8 +112,7 @@ def streaming_backward(
             q, k, v, out, dout, lse, dlse, delta, dq, sink, window, *lengths, table,
             *strides(q, k, v), n_heads, group_size, q_len, kv_len, *factors, **shape,
             BLOCK_Q=tile.rows // pack, BLOCK_KV=tile.kv, BLOCK_SINK=SINK_TILE, PACK=pack,
-            HALVES=tile.halves, SOFTCAP=softcap > 0, num_warps=tile.warps,
-            num_stages=tile.stages,
+            HALVES=tile.halves, SOFTCAP=softcap > 0, **launch_options(tile.warps, tile.stages),
         )  # fmt: skip
 
         tile = tiles.dkdv
@@ -136,7 +136,7 @@ def streaming_backward(
         backward.streaming_dkdv_kernel[(n_chunks * n_sink + n_tiles, n_kv_heads, q.shape[0])](
             q, k, v, dout, lse, delta, dk, dv, *parts, sink, window, *lengths, table,
             *strides(q, k, v), n_heads, *sizes, *factors, **shape, BLOCK_Q=tile.rows,
-            BLOCK_KV=tile.kv, SOFTCAP=softcap > 0, num_warps=tile.warps, num_stages=tile.stages,
+            BLOCK_KV=tile.kv, SOFTCAP=softcap > 0, **launch_options(tile.warps, tile.stages),
         )  # fmt: skip
         if n_sink > 0:
             backward.streaming_sum_kernel[(n_seqs, n_kv_heads, n_sink * tile.kv // SUM_TILE)](

@@ -48,12 +48,12 @@ def _tiles(*numbers: tuple[int, ...]) -> Tiles:
 TILES: dict[tuple[int, int], Tiles] = {
     # fwd, dq, each (rows, kv, warps, stages, halves), and dkdv, (rows, kv, warps, stages)
     (80, 64): _tiles((64, 64, 4, 3, 1), (32, 64, 4, 2, 2), (32, 32, 4, 2)),
-    (80, 128): _tiles((64, 32, 8, 3, 2), (32, 32, 4, 2, 2), (32, 64, 4, 2)),
-    (80, 256): _tiles((64, 32, 4, 2, 1), (32, 32, 4, 2, 1), (32, 32, 4, 2)),
+    (80, 128): _tiles((64, 32, 8, 3, 2), (64, 32, 8, 2, 1), (32, 64, 8, 2)),
+    (80, 256): _tiles((64, 32, 8, 2, 1), (32, 32, 8, 2, 1), (32, 32, 8, 2)),
     (90, 64): _tiles((64, 64, 4, 3, 2), (64, 64, 4, 2, 2), (64, 64, 4, 3)),
     (90, 128): _tiles((64, 64, 4, 2, 2), (64, 32, 4, 2, 2), (64, 64, 4, 2)),
     (90, 256): _tiles((64, 32, 4, 2, 1), (128, 32, 8, 2, 1), (32, 64, 8, 2)),
-    (100, 64): _tiles((64, 64, 4, 3, 2), (64, 64, 4, 2, 1), (32, 64, 4, 3)),
+    (100, 64): _tiles((64, 64, 4, 3, 2), (64, 64, 8, 2, 1), (32, 64, 4, 3)),
     (100, 128): _tiles((64, 64, 4, 2, 2), (64, 64, 4, 2, 1), (32, 64, 4, 2)),
     (100, 256): _tiles((64, 32, 8, 2, 1), (64, 32, 8, 2, 1), (32, 32, 8, 2)),
 }  # fmt: skip
@@ -73,20 +73,27 @@ def architecture(device: torch.device) -> int:
     return {9: 90, 10: 100, 11: 100}.get(major, 80)
 
 
-def tiles_for(q: Tensor, v: Tensor, softcap: float) -> Tiles:
-    """The tile sizes for these dtypes, head dims and device."""
+def tiles_for(q: Tensor, v: Tensor, softcap: float, pack: int) -> Tiles:
+    """The tile sizes for these dtypes, head dims, device and heads packed into a program."""
     if q.dtype == torch.float32:
         return FLOAT32_TILES
     widest = max(q.shape[-1], v.shape[-1])
     tiles = TILES[architecture(q.device), next(dim for dim in (64, 128, 256) if widest <= dim)]
+    fwd, dq, dkdv = tiles
     if softcap > 0:  # its tanh takes registers
-        fwd, dq, dkdv = tiles
-        return Tiles(
-            fwd._replace(kv=min(fwd.kv, CAPPED_STEP)),
-            dq._replace(kv=min(dq.kv, CAPPED_STEP), halves=1),
-            dkdv._replace(rows=min(dkdv.rows, CAPPED_STEP)),
-        )
-    return tiles
+        fwd = fwd._replace(kv=min(fwd.kv, CAPPED_STEP))
+        dq = dq._replace(kv=min(dq.kv, CAPPED_STEP), halves=1)
+        dkdv = dkdv._replace(rows=min(dkdv.rows, CAPPED_STEP // (2 if widest > 128 else 1)))
+    if pack > 1:
+        fwd, dq = one_tile(fwd), one_tile(dq)
+    return Tiles(fwd, dq, dkdv)
+
+
+def one_tile(tile: Tile) -> Tile:
+    """Both halves as one tile: of packed heads it has few positions, so few keys to see in vain."""
+    if tile.halves == 1:
+        return tile
+    return tile._replace(rows=tile.rows * tile.halves, warps=8, halves=1)
 
 
 def cdiv(a: int, b: int) -> int:
@@ -113,6 +120,12 @@ def pack_of(group_size: int) -> int:
 def score_factors(scale: float, softcap: float) -> tuple[float, float]:
     """(qk_scale, cap) as the kernels take them: base 2 scores, or the argument of tanh."""
     return (scale / softcap, softcap) if softcap > 0 else (scale * math.log2(math.e), 0.0)
+
+
+def launch_options(warps: int, stages: int) -> dict[str, int]:
+    """How triton compiles a kernel of scores."""
+    # the scale of scores belongs into the subtraction before exp2; triton 3.10 keeps them apart
+    return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
 
 
 def strides(*tensors: Tensor) -> list[int]:
