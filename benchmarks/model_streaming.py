@@ -133,7 +133,7 @@ PLANS = {
     plan.name: plan
     for plan in (
         _ours("ours", 64, 2),
-        _ours("ours, 4 heads packed", 16, 2, 4),
+        _ours("ours, 4 heads packed", 32, 1, 4),
         _ours("64 rows", 64, 1),
         _ours("128 rows", 128, 1),
         Plan("flex 128", FLEX_BLOCK, 1, *[FLEX_BLOCK] * 3, 1, visit_by_blocks, FLEX_BACKWARD_MOVES),
