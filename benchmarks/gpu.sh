@@ -6,8 +6,10 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 dry=()
+limit=210 # seconds of each part
 if [ "${1:-}" = --dry-run ]; then
     dry=(--dry-run)
+    limit=1800
     export FLEXSPARSE_DRY_RUN=1 TRITON_INTERPRET=1
 fi
 out=$(realpath -m "${OUT:-benchmarks/results}")
@@ -26,14 +28,14 @@ python -c 'import torch, triton; print("torch", torch.__version__, "triton", tri
 pytest=(python -m pytest -q -p no:cacheprovider --disable-warnings)
 alone=test_streaming_addresses_more_than_2_31_elements # it needs all of the memory
 lengths=(16384 131072 2048 32768 65536 4096 8192)
-timeout 210 "${pytest[@]}" tests/test_gpu.py -k "not $alone" >"$out/gpu_tests.txt" 2>&1 &
+timeout $limit "${pytest[@]}" tests/test_gpu.py -k "not $alone" >"$out/gpu_tests.txt" 2>&1 &
 gpu_tests=$!
-timeout 210 "${pytest[@]}" tests/test_streaming.py tests/test_streaming_schedule.py >"$out/gpu_streaming_tests.txt" 2>&1 &
+timeout $limit "${pytest[@]}" tests/test_streaming.py tests/test_streaming_schedule.py >"$out/gpu_streaming_tests.txt" 2>&1 &
 streaming_tests=$!
 warming=()
 if [ ${#dry[@]} = 0 ]; then
     for length in "${lengths[@]}"; do
-        timeout 210 python benchmarks/bench_streaming.py --warm --lengths "$length" >/dev/null 2>&1 &
+        timeout $limit python benchmarks/bench_streaming.py --warm --lengths "$length" >/dev/null 2>&1 &
         warming+=($!)
     done
 fi
@@ -42,9 +44,9 @@ wait "$gpu_tests" || status=1
 wait "$streaming_tests" || status=1
 # what is not in the caches by then is compiled when it is measured
 [ ${#warming[@]} = 0 ] || wait "${warming[@]}"
-timeout 60 "${pytest[@]}" tests/test_gpu.py -k "$alone" >>"$out/gpu_tests.txt" 2>&1 || status=1
+timeout $limit "${pytest[@]}" tests/test_gpu.py -k "$alone" >>"$out/gpu_tests.txt" 2>&1 || status=1
 tail -n 15 "$out/gpu_tests.txt" "$out/gpu_streaming_tests.txt"
 
-timeout 200 python benchmarks/bench_streaming.py --seconds 160 --save "$out/streaming.json" --plot "$out" \
+timeout $limit python benchmarks/bench_streaming.py --seconds 160 --save "$out/streaming.json" --plot "$out" \
     --lengths "${lengths[@]}" "${dry[@]}" || status=1
 exit "$status"
