@@ -6,7 +6,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 dry=()
-limit=210 # seconds of each part
+limit=200 # seconds of each part
 if [ "${1:-}" = --dry-run ]; then
     dry=(--dry-run)
     limit=1800
@@ -44,9 +44,9 @@ wait "$gpu_tests" || status=1
 wait "$streaming_tests" || status=1
 # what is not in the caches by then is compiled when it is measured
 [ ${#warming[@]} = 0 ] || wait "${warming[@]}"
-timeout $limit "${pytest[@]}" tests/test_gpu.py -k "$alone" >>"$out/gpu_tests.txt" 2>&1 || status=1
+timeout $((limit / 3)) "${pytest[@]}" tests/test_gpu.py -k "$alone" >>"$out/gpu_tests.txt" 2>&1 || status=1
 tail -n 15 "$out/gpu_tests.txt" "$out/gpu_streaming_tests.txt"
 
-timeout $limit python benchmarks/bench_streaming.py --seconds 160 --save "$out/streaming.json" --plot "$out" \
+timeout $limit python benchmarks/bench_streaming.py --seconds 150 --save "$out/streaming.json" --plot "$out" \
     --lengths "${lengths[@]}" "${dry[@]}" || status=1
 exit "$status"
