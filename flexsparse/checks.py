@@ -11,7 +11,7 @@ from flexsparse.classify import classify
 from flexsparse.default_device import cpu_by_default
 from flexsparse.expr import Mask
 from flexsparse.gaps import Ranges, empty_rows, unseen_keys
-from flexsparse.heads import PerHead, head_ranges
+from flexsparse.heads import PerHead, counted
 from flexsparse.text import shorten, shown
 from flexsparse.validate import leaves_int32, problem, whole_bounds
 
@@ -43,9 +43,9 @@ class Unused:
         )
         more = len(self.positions) - RANGES_SHOWN
         shown += f" and {more:,} ranges more" if more > 0 else ""
-        where = [] if self.heads is None else [head_ranges(self.heads)]
+        where = [] if self.heads is None else [counted("head", self.heads)]
         if self.batch is not None:
-            where.append(head_ranges(self.batch).replace("head", "batch row"))
+            where.append(counted("batch row", self.batch))
         return f"{shown} ({', '.join(where)})" if where else shown
 
 
@@ -160,7 +160,7 @@ def check(
     reads = {name for case in looked_at for name in case.mask.variables}
     reads |= {"h"} if len(looked_at) > 1 else set()
     return Check(
-        shown(mask) if isinstance(mask, Mask) else f"per_head of {mask.n_heads} heads",
+        shown(mask) if isinstance(mask, Mask) else mask.name,
         q_len,
         kv_len,
         looked_at[0].grid.q_offset,

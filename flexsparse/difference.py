@@ -143,7 +143,7 @@ def diff(
         of_blocks += grid.planes * grid.rows * grid.columns * copies
         first += [(block, case) for block in _first_blocks(classes, case)]
     first.sort(key=lambda found: found[0])
-    names = [shown(x) if isinstance(x, Mask) else f"per_head of {x.n_heads} heads" for x in (a, b)]
+    names = [shown(x) if isinstance(x, Mask) else x.name for x in (a, b)]
     return Difference(
         names[0],
         names[1],

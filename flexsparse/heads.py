@@ -45,11 +45,16 @@ class PerHead:
             part = which.equals(place) & mask
             result = part if result is None else result | part
         assert result is not None
-        return result.named(f"per_head of {self.n_heads} heads")
+        return result.named(self.name)
+
+    @property
+    def name(self) -> str:
+        """What messages and pictures call it."""
+        return f"per_head of {self.n_heads} heads"
 
     def __str__(self) -> str:
         lines = [
-            f"  {shown(mask)}   {head_ranges(self.heads_of(place))}"
+            f"  {shown(mask)}   {counted('head', self.heads_of(place))}"
             for place, mask in enumerate(self.distinct)
         ]
         return f"PerHead: {self.n_heads} heads, {len(self.distinct)} distinct masks\n" + "\n".join(
@@ -85,13 +90,17 @@ def per_head(masks: Sequence[Mask]) -> PerHead:
     return PerHead(distinct, tuple(places[mask] for mask in masks))
 
 
-def head_ranges(heads: Sequence[int]) -> str:
-    """Heads as text: 'heads 0-7, 9'."""
+def ranges(numbers: Sequence[int]) -> str:
+    """Numbers as text: '0-7, 9'."""
     runs: list[list[int]] = []
-    for head in heads:
-        if runs and head == runs[-1][1] + 1:
-            runs[-1][1] = head
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
         else:
-            runs.append([head, head])
-    text = ", ".join(f"{a}-{z}" if a < z else str(a) for a, z in runs)
-    return f"head{'s' if len(heads) > 1 else ''} {text}"
+            runs.append([number, number])
+    return ", ".join(f"{a}-{z}" if a < z else str(a) for a, z in runs)
+
+
+def counted(noun: str, numbers: Sequence[int]) -> str:
+    """What has these numbers, as text: 'heads 0-7, 9'."""
+    return f"{noun}{'s' if len(numbers) > 1 else ''} {ranges(numbers)}"

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from flexsparse.errors import MaskError
-from flexsparse.heads import head_ranges
+from flexsparse.heads import ranges
 
 VERSION = 1
 LARGEST = 1 << 16  # layers or heads; more is a mistake, and would only fill the memory
@@ -33,7 +33,7 @@ Entry = TypeVar("Entry", bound=Hashable)
 def write(path: str | PathLike[str], layers: Sequence[tuple[str | None, ...] | None]) -> None:
     """Write the text of each head's mask, or None, for each layer."""
     named = {
-        numbers(of_layer): {numbers(hs): text for text, hs in grouped(layer).items() if text}
+        ranges(of_layer): {ranges(hs): text for text, hs in grouped(layer).items() if text}
         for layer, of_layer in grouped(layers).items()
         if layer
     }
@@ -91,11 +91,6 @@ def grouped(entries: Iterable[Entry]) -> dict[Entry, list[int]]:
     for i, entry in enumerate(entries):
         places.setdefault(entry, []).append(i)
     return places
-
-
-def numbers(values: Sequence[int]) -> str:
-    """[0, 1, 2, 7] as '0-2, 7'."""
-    return head_ranges(values).split(" ", 1)[1]
 
 
 def _count(path: str | PathLike[str], plan: dict[str, Any], key: str) -> int:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from flexsparse.cost import bytes_text, flops_text
 from flexsparse.executors import flex
-from flexsparse.heads import head_ranges
+from flexsparse.heads import ranges
 from flexsparse.text import named_text
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def text(compiled: CompiledMask) -> str:
         of_launch = launch.cost(HEAD_DIM, ELEMENT_SIZE)
         rows.append(
             (
-                "all" if compiled.n_heads is None else head_ranges(launch.heads).split(" ", 1)[1],
+                "all" if compiled.n_heads is None else ranges(launch.heads),
                 named_text(launch.mask, NAME_WIDTH),
                 launch.usual_executor,
                 f"{of_launch.blocks:,}",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flexsparse.classify import Grid
 from flexsparse.expr import Mask, kept_at
-from flexsparse.heads import head_ranges
+from flexsparse.heads import counted
 from flexsparse.rectangles import Rectangles
 
 ELEMENTS_UP_TO = 64  # tokens; shorter masks are drawn element by element
@@ -103,11 +103,11 @@ def who_text(owners: Sequence[Owner]) -> str:
 
 def _rows_and_heads(rows: Sequence[int | None], heads: Sequence[int | None]) -> str:
     known = [h for h in heads if h is not None]
-    text = head_ranges(known) if known else "all heads"
+    text = counted("head", known) if known else "all heads"
     in_batch = [b for b in rows if b is not None]
     if not in_batch:
         return text
-    return f"{head_ranges(in_batch).replace('head', 'batch row', 1)}, {text}"
+    return f"{counted('batch row', in_batch)}, {text}"
 
 
 def _covered(rectangles: Rectangles, row: Tensor, column: Tensor) -> Tensor:
