@@ -32,7 +32,7 @@ from flexsparse.heads import PerHead, per_head
 from flexsparse.naming import pattern
 from flexsparse.parser import parse
 from flexsparse.tracing import from_mask_mod
-from flexsparse.varlen import varlen
+from flexsparse.varlen import plan_varlen, varlen
 
 __version__ = "0.1.0"
 
@@ -68,6 +68,7 @@ __all__ = [
     "parse",
     "pattern",
     "per_head",
+    "plan_varlen",
     "q_idx",
     "roofline",
     "varlen",

@@ -119,8 +119,9 @@ def plan_varlen(
 ) -> VarlenMask:
     """What `varlen` runs: made once for each mask and lengths, of which the latest 64 are kept.
 
-    Call it inside your own torch.compile, where cu_seqlens cannot be read. The arguments are those
-    of `varlen`; q, k and v will be on `device`, by default cu_seqlens_q's.
+    Inside your own torch.compile cu_seqlens cannot be read: make the plan before it, and call it
+    there with q, k and v. The arguments are those of `varlen`; q, k and v will be on `device`, by
+    default cu_seqlens_q's.
     """
     if not isinstance(mask, (Mask, PerHead)):
         raise MaskError(

@@ -36,5 +36,5 @@ def device_of(device: str | Device) -> Device:
     names = ", ".join(known.name for known in DEVICES)
     raise MaskError(
         f"roofline: device={device!r}; the peaks of {names} are known. Give those of another as "
-        "Device(name, flops, memory)."
+        "flexsparse.drawing.Device(name, flops, memory)."
     )
