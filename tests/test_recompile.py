@@ -134,6 +134,11 @@ def test_eleven_sizes_of_blocks_pass_the_limit_of_dynamo(traced, graphs):
     assert graphs() == 11
 
 
+def test_a_compiler_that_is_switched_off_is_an_error(traced):
+    with torch.compiler.set_stance("force_eager"), pytest.raises(RuntimeError, match="blockwise"):
+        compile_mask(causal & window(70), 300, 300)(*inputs(3), executor="flex")
+
+
 def test_equal_lengths_are_not_tied_by_a_later_compilation(traced, graphs):
     q, k, v = inputs(3)
     few = q[:, :, :200].contiguous()

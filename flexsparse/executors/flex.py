@@ -17,6 +17,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from flexsparse.dropout import Dropout
 from flexsparse.executors import flex_cpu
+from flexsparse.executors.blockwise_scores import captured_by
 
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -42,15 +43,28 @@ def missing(device: torch.device) -> str | None:
 
 
 def unsupported(
-    q: Tensor, k: Tensor, v: Tensor, *, dropout: Dropout | None = None, return_lse: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    score_mod: ScoreMod | None = None,
+    dropout: Dropout | None = None,
+    return_lse: bool = False,
 ) -> str | None:
     """Why flex_attention cannot run these inputs, as a sentence, or None if it can."""
     reason = missing(q.device)
     if reason is not None:
         return reason
     if q.device.type == "cpu":
-        if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-            return "flex_attention has no backward on CPU, and an input requires a gradient"
+        if torch.is_grad_enabled():
+            if any(x.requires_grad for x in (q, k, v)):
+                return "flex_attention has no backward on CPU, and an input requires a gradient"
+            # a graph being compiled cannot tell what a score_mod reads
+            if score_mod and not torch.compiler.is_compiling() and captured_by(score_mod, q):
+                return (
+                    "flex_attention has no backward on CPU, and score_mod reads a tensor that "
+                    "requires a gradient"
+                )
         if return_lse:
             return "flex_attention returns no LSE on CPU"
         if dropout is not None:
@@ -91,17 +105,16 @@ def run(
         # A compiler above us is at work: hand it the plain operator. Inductor's CPU kernel ignores
         # the storage offset of a view made inside the graph, and fails where it would fuse with
         # what comes after it (torch 2.13): so it gets no views, and a copy seals its output.
+        score_mod = score_mod and _scaled(score_mod, None, q.device)
         if q.device.type != "cpu":
             return _attend(q, k, v, block_mask, score_mod, scale, return_lse, hints)  # type: ignore[no-any-return]
         q, k, v = (x.clone(memory_format=torch.contiguous_format) for x in (q, k, v))
         out, lse = _attend(q, k, v, block_mask, score_mod, scale, return_lse, hints)
         return _sealed(out), lse
-    if scale is not None and scale != q.shape[3] ** -0.5:
-        score_mod, scale = _scaled(score_mod, scale, q.device), 1.0
-    else:
+    if scale == q.shape[3] ** -0.5:
         scale = None
-    if score_mod is not None and not isinstance(score_mod, types.FunctionType):
-        score_mod = _as_function(score_mod)
+    if score_mod is not None or scale is not None:
+        score_mod, scale = _scaled(score_mod, scale, q.device), None if scale is None else 1.0
     arguments = (q, k, v, block_mask, score_mod, scale, return_lse, hints)
     _fix_table_lengths(block_mask.mask_mod, score_mod)
     structure = _structure(q, k, v, block_mask, score_mod, return_lse, hints)
@@ -109,6 +122,7 @@ def run(
         is_fixed = structure in _fixed_lengths
         key = (structure, (q.shape, k.shape) if is_fixed else None)
         kernel = _kernels.get(key)
+        is_new = kernel is None
         if kernel is None:
             # on CPU, lengths are data from the first call on; measured as fast as fixed lengths
             dynamic = False if is_fixed else True if q.device.type == "cpu" else None
@@ -121,6 +135,8 @@ def run(
         except _gave_up():
             # dynamo met its limit of recompilations for this function; a new one has a new limit
             del _kernels[key]
+            if is_new:
+                raise
         except _compile_error():
             # some masks and score_mods do not compile in C++ with lengths as data (torch 2.13)
             del _kernels[key]
@@ -131,14 +147,18 @@ def run(
             _symbols.use_duck_shape = duck_shape
 
 
-def _scaled(score_mod: ScoreMod | None, scale: float, device: torch.device) -> ScoreMod:
-    """A score_mod, or none, of scores times a scale, as one of scores times 1."""
+def _scaled(score_mod: ScoreMod | None, scale: float | None, device: torch.device) -> ScoreMod:
+    """A score_mod, any callable, and a scale, each or none, as the function that dynamo takes."""
     # a tensor, because a number would be compiled into the kernel
-    factor = _as_tensor(scale, device)
+    factor = None if scale is None else _as_tensor(scale, device)
 
     def scaled(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        score = score * factor
-        return score if score_mod is None else score_mod(score, b, h, q_idx, kv_idx)
+        if factor is not None:
+            score = score * factor
+        if score_mod is not None:
+            score = score_mod(score, b, h, q_idx, kv_idx)
+        # inductor's C++ writes float64 to where it reads float32 (torch 2.13)
+        return score.float() if score.dtype == torch.float64 else score
 
     return scaled
 
@@ -148,15 +168,6 @@ def _as_tensor(number: float, device: torch.device) -> Tensor:
     # kept over calls, of which one in inference_mode must not make it unfit for gradients
     with torch.inference_mode(False):
         return torch.tensor(number, dtype=torch.float32, device=device)
-
-
-def _as_function(score_mod: ScoreMod) -> ScoreMod:
-    """Any callable as a function, which is all that dynamo takes."""
-
-    def function(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return score_mod(score, b, h, q_idx, kv_idx)
-
-    return function
 
 
 def _run_dropped(
@@ -235,7 +246,10 @@ def _attend(
 
 def _attend_compiled(*arguments: Any) -> Any:
     if not torch.compiler.is_compiling():
-        raise _GaveUpError
+        raise _GaveUpError(
+            "torch.compile is switched off, and without it flex_attention is dense and slow. "
+            'Switch it on, or take executor="blockwise", which compiles nothing.'
+        )
     return _attend(*arguments)
 
 
