@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -130,25 +130,25 @@ def _run_all(
     every_head = tuple(range(q.shape[1]))
     if len(launches) == 1:
         return _run(launches[0], every_head, q, k, v, modifiers, executor)
+    parts = [
+        (launch, *part) for launch in launches for part in _parts(launch, q.shape[1], k.shape[1])
+    ]
+    taken = zip(
+        _of_parts(q, [heads for _, heads, _ in parts]),
+        _of_parts(k, [kv_heads for _, _, kv_heads in parts]),
+        _of_parts(v, [kv_heads for _, _, kv_heads in parts]),
+        strict=True,
+    )
     outs: list[Tensor] = []
     lses: list[Tensor] = []
     order: list[int] = []
-    for launch in launches:
-        for heads, kv_heads in _parts(launch, q.shape[1], k.shape[1]):
-            out, lse = _run(
-                launch,
-                heads,
-                _take_heads(q, heads),
-                _take_heads(k, kv_heads),
-                _take_heads(v, kv_heads),
-                modifiers.of_heads(heads, q.device),
-                executor,
-            )
-            outs.append(out)
-            if modifiers.return_lse:
-                assert lse is not None
-                lses.append(lse)
-            order.extend(heads)
+    for (launch, heads, _), qkv in zip(parts, taken, strict=True):
+        out, lse = _run(launch, heads, *qkv, modifiers.of_heads(heads, q.device), executor)
+        outs.append(out)
+        if modifiers.return_lse:
+            assert lse is not None
+            lses.append(lse)
+        order.extend(heads)
     return _in_head_order(outs, order), _in_head_order(lses, order) if lses else None
 
 
@@ -279,6 +279,14 @@ def _choose(
             f"{DENSE if chosen == 'reference' else fix}"
         )
     return executor
+
+
+def _of_parts(x: Tensor, parts: Sequence[Sequence[int]]) -> Iterable[Tensor]:
+    """The heads of each part, of x; copies are made when their turn comes."""
+    if [head for heads in parts for head in heads] == list(range(x.shape[1])):
+        # its backward is one cat, where each of many views makes a gradient as large as x
+        return x.split([len(heads) for heads in parts], 1)
+    return (_take_heads(x, heads) for heads in parts)
 
 
 def _take_heads(x: Tensor, heads: Sequence[int]) -> Tensor:

@@ -191,6 +191,27 @@ def test_gradients_on_cpu():
         torch.testing.assert_close(mine, their)
 
 
+@pytest.mark.parametrize("heads", [[causal] * 2 + [STREAMING] * 2, [causal, STREAMING] * 2])
+def test_gradients_of_parts_come_together(heads):
+    q, k, v = (x.requires_grad_() for x in inputs(150, 200, n_kv_heads=2))
+    attend = compile_mask(per_head(heads), 150, 200)
+    weights = torch.randn(1, 4, 150, 32)
+    ours = torch.autograd.grad(attend(q, k, v), (q, k, v), weights)
+    theirs = torch.autograd.grad(attend(q, k, v, executor="reference"), (q, k, v), weights)
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_heads_in_order_are_split_at_once():
+    q, k, v = (x.requires_grad_() for x in inputs(150, 200, n_kv_heads=2))
+    out = compile_mask(per_head([causal] * 2 + [STREAMING] * 2), 150, 200)(q, k, v)
+    names, nodes = [], [out.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        names.append(node.name())
+        nodes += [x for x, _ in node.next_functions if x is not None]
+    assert {x for x in names if "Split" in x or "Slice" in x} == {"SplitWithSizesBackward0"}
+
+
 def test_no_batch_rows_give_none():
     attend = compile_mask(per_head([causal, STREAMING] * 2), 150, 200)
     q, k, v = (x.requires_grad_() for x in inputs(150, 200, n_kv_heads=2, batch=0, v_dim=16))
@@ -375,8 +396,6 @@ OPTION_MISTAKES = [
 @pytest.mark.parametrize(("options", "message"), OPTION_MISTAKES, ids=lambda x: str(x)[:30])
 def test_mistaken_options_get_a_sentence(options, message, executor):
     attend = compile_mask(STREAMING, 64, 64)
-    if executor == "flex" and "dropout_p" in options:
-        pytest.skip("flex has no dropout on CPU")
     with pytest.raises(MaskError, match=message):
         attend(*inputs(64, 64), executor=executor, **options)
 
