@@ -285,7 +285,7 @@ def _of_parts(x: Tensor, parts: Sequence[Sequence[int]]) -> Iterable[Tensor]:
     """The heads of each part, of x; copies are made when their turn comes."""
     if [head for heads in parts for head in heads] == list(range(x.shape[1])):
         # its backward is one cat, where each of many views makes a gradient as large as x
-        return x.split([len(heads) for heads in parts], 1)
+        return torch.split(x, [len(heads) for heads in parts], 1)
     return (_take_heads(x, heads) for heads in parts)
 
 

@@ -238,10 +238,8 @@ def _transformed(*inputs: Tensor) -> str | None:
     if any(torch._C._functorch.is_batchedtensor(x) for x in inputs):
         return "torch.func.vmap is mapped over it, and a batch is the first dimension of q, k and v"
     # the level is -1 where there are no tangents at all
-    if forward_ad._current_level >= 0 and any(
-        forward_ad.unpack_dual(x).tangent is not None for x in inputs
-    ):
-        return (
-            "an input carries a tangent, and forward-mode derivatives are of dense attention alone"
-        )
+    if forward_ad._current_level >= 0:
+        for x in inputs:
+            if forward_ad.unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]
+                return "an input carries a tangent, and only dense attention passes it on"
     return None
