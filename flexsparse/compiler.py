@@ -135,13 +135,15 @@ class CompiledMask:
     ) -> Any:
         """Attention of q to the keys its mask keeps.
 
-        A query row that sees no key has output 0 and LSE -inf.
+        A query row that sees no key has output 0 and LSE -inf. Under autocast q, k and v are cast
+        to its dtype, which is that of the output. Hidden values must be finite: their weight is 0,
+        and 0 * NaN is NaN.
 
         Args:
             q: [B, n_heads, q_len, D].
             k: [B, n_kv_heads, kv_len, D]; n_kv_heads divides n_heads (GQA).
             v: [B, n_kv_heads, kv_len, Dv].
-            scale: of the scores; 1 / sqrt(D) by default.
+            scale: of the scores, a number; 1 / sqrt(D) by default.
             score_mod: FlexAttention's, of (score, b, h, q_idx, kv_idx); q_idx is the position of
                 the query, q_offset included, and h the query head.
             dropout_p: the chance to drop each attention weight, in [0, 1); the others are divided
@@ -191,8 +193,8 @@ class CompiledMask:
         are found together; milliseconds for any other. No kernel is compiled again.
 
         Keys keep their places, so k and v may be a cache of kv_len tokens that is still filling up,
-        if the mask hides what is not written yet, as causal does. For a cache that grows, take
-        at(1, position + 1).
+        if the mask hides what is not written yet, as causal does. Start from torch.zeros: what is
+        hidden must be finite. For a cache that grows, take at(1, position + 1).
 
         A block that the query sees all of is FULL, and its kernel applies no mask there. In the
         BlockMask of at(1, ...), as in torch's, it is partial: a block of 128 queries sticks out.

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+import math
+from collections.abc import Iterable, Sequence
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from flexsparse.dropout import Dropout
-from flexsparse.errors import ExecutorError
+from flexsparse.errors import ExecutorError, MaskError
 from flexsparse.executors import blockwise, flash, flex, gather, reference, sdpa, streaming
 from flexsparse.launch import Launch
 from flexsparse.lower import padded
 from flexsparse.tensors import ScoreMod
+
+DENSE = 'executor="reference" can, and computes every pair of query and key.'
 
 
 class Modifiers(NamedTuple):
@@ -24,6 +29,31 @@ class Modifiers(NamedTuple):
     dropout: Dropout | None
     return_lse: bool
 
+    def checked(self) -> Modifiers:
+        """The same, its scale a float.
+
+        Raises:
+            MaskError: scale is not a finite number, or score_mod is not a function.
+        """
+        scale = self.scale
+        if isinstance(scale, Tensor):
+            raise MaskError(
+                f"scale is a tensor {tuple(scale.shape)}; it takes a number, and gives no "
+                "gradient. For a scale that learns, multiply q by it and pass scale=1.0."
+            )
+        if self.score_mod is not None and not callable(self.score_mod):
+            raise MaskError(
+                f"score_mod={self.score_mod!r}; it must be a function of (score, b, h, q_idx, "
+                "kv_idx) that returns the new score."
+            )
+        if scale is None:
+            return self
+        if not isinstance(scale, Real) or isinstance(scale, bool) or not _is_finite(scale):
+            raise MaskError(
+                f"scale={scale!r}; it must be a finite number. None is 1 / sqrt(head_dim)."
+            )
+        return self._replace(scale=float(scale))
+
     def of_heads(self, heads: Sequence[int], device: torch.device) -> Modifiers:
         """The same for a launch whose head i is head heads[i] of q."""
         if list(heads) == list(range(len(heads))):
@@ -32,6 +62,10 @@ class Modifiers(NamedTuple):
             score_mod=self.score_mod and _at_heads(self.score_mod, heads, device),
             dropout=self.dropout and self.dropout.of_heads(heads, device),
         )
+
+
+def _is_finite(number: Real) -> bool:
+    return -math.inf < float(number) < math.inf
 
 
 def attend(
@@ -44,6 +78,8 @@ def attend(
 ) -> tuple[Tensor, Tensor | None]:
     """Run each launch on the executor asked for, or on the first that can.
 
+    Under autocast, inputs and out are of its dtype, as they are in torch's own attention.
+
     sdpa runs full and causal heads, flash bands, streaming sinks with windows, gather one query on
     CPU, flex any mask.
     blockwise is plain PyTorch: slower than flex, it runs everywhere and has gradients, dropout and
@@ -52,29 +88,101 @@ def attend(
     Returns:
         out [B, n_heads, q_len, Dv], and the LSE [B, n_heads, q_len] or None.
     """
+    modifiers = modifiers.checked()
+    if not q.shape[0]:
+        return _of_no_rows(q, k, v)
+    if _is_autocast(q):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+        with torch.autocast(q.device.type, enabled=False):
+            return _attend(launches, q, k, v, modifiers, executor)
+    return _attend(launches, q, k, v, modifiers, executor)
+
+
+def _attend(
+    launches: Sequence[Launch],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    modifiers: Modifiers,
+    executor: str | None,
+) -> tuple[Tensor, Tensor | None]:
+    if modifiers.score_mod is None or torch.compiler.is_compiling():
+        return _run_all(launches, q, k, v, modifiers, executor)
+    try:
+        return _run_all(launches, q, k, v, modifiers, executor)
+    except Exception as error:
+        # only now, because to try a score_mod takes as long as a small call
+        reason = _no_score_mod(modifiers.score_mod, q)
+        if reason is None:
+            raise
+        raise MaskError(reason) from error
+
+
+def _run_all(
+    launches: Sequence[Launch],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    modifiers: Modifiers,
+    executor: str | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Run the launches, each in parts, and put their heads in order."""
     every_head = tuple(range(q.shape[1]))
     if len(launches) == 1:
         return _run(launches[0], every_head, q, k, v, modifiers, executor)
+    parts = [
+        (launch, *part) for launch in launches for part in _parts(launch, q.shape[1], k.shape[1])
+    ]
+    taken = zip(
+        _of_parts(q, [heads for _, heads, _ in parts]),
+        _of_parts(k, [kv_heads for _, _, kv_heads in parts]),
+        _of_parts(v, [kv_heads for _, _, kv_heads in parts]),
+        strict=True,
+    )
     outs: list[Tensor] = []
     lses: list[Tensor] = []
     order: list[int] = []
-    for launch in launches:
-        for heads, kv_heads in _parts(launch, q.shape[1], k.shape[1]):
-            out, lse = _run(
-                launch,
-                heads,
-                _take_heads(q, heads),
-                _take_heads(k, kv_heads),
-                _take_heads(v, kv_heads),
-                modifiers.of_heads(heads, q.device),
-                executor,
-            )
-            outs.append(out)
-            if modifiers.return_lse:
-                assert lse is not None
-                lses.append(lse)
-            order.extend(heads)
+    for (launch, heads, _), qkv in zip(parts, taken, strict=True):
+        out, lse = _run(launch, heads, *qkv, modifiers.of_heads(heads, q.device), executor)
+        outs.append(out)
+        if modifiers.return_lse:
+            assert lse is not None
+            lses.append(lse)
+        order.extend(heads)
     return _in_head_order(outs, order), _in_head_order(lses, order) if lses else None
+
+
+def _is_autocast(q: Tensor) -> bool:
+    # autocast leaves float64 as it is, and knows nothing of some devices
+    if q.dtype == torch.float64 or q.device.type == "meta":
+        return False
+    return torch.is_autocast_enabled(q.device.type)
+
+
+def _of_no_rows(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention of a batch of 0, which no kernel is made for, with its gradients."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    scores = q @ k.mT
+    return scores @ v, scores.sum(-1).float()
+
+
+def _no_score_mod(score_mod: ScoreMod, q: Tensor) -> str | None:
+    """Why this is no score_mod, as a sentence, or None if it is one or raises an error itself."""
+    name = getattr(score_mod, "__name__", type(score_mod).__name__)
+    takes = "score_mod takes (score, b, h, q_idx, kv_idx) and returns the new score, a tensor"
+    try:
+        inspect.signature(score_mod).bind(*"sbhqk")
+    except TypeError:
+        return f"{takes}; {name}{inspect.signature(score_mod)} takes something else."
+    except ValueError:
+        pass  # a builtin, which has no signature
+    zero = torch.zeros((), dtype=torch.int64, device=q.device)
+    try:
+        score = score_mod(q.new_zeros(()), zero, zero, zero, zero)
+    except Exception:
+        return None
+    return None if isinstance(score, Tensor) else f"{takes}; {name} returned {score!r}."
 
 
 def _parts(
@@ -152,20 +260,34 @@ def _choose(
         dropout=modifiers.dropout,
         return_lse=modifiers.return_lse,
     )
-    if executor is None and not q.shape[0]:
-        return "reference"  # of no batch rows; kernels are not made for it
     if executor is None:
-        return next(name for name, reason in found if reason is None)
+        reasons = {}
+        for name, reason in found:
+            if reason is None and name != "reference":
+                return name
+            reasons[name] = reason
+        raise ExecutorError(
+            f"No executor that skips blocks can run this call: {reasons['blockwise']}. {DENSE}"
+        )
     reasons = dict(found)
-    if executor not in reasons:
+    if executor not in list(reasons):  # a dict takes no list, which is a mistake too
         raise ExecutorError(f"There is no executor {executor!r}; there are {', '.join(reasons)}.")
     if reasons[executor] is not None:
         chosen = next(name for name, reason in reasons.items() if reason is None)
+        fix = f"Drop executor= to let flexsparse choose (it would choose {chosen})."
         raise ExecutorError(
-            f"executor={executor!r} cannot run this call: {reasons[executor]}. Drop executor= to "
-            f"let flexsparse choose (it would choose {chosen})."
+            f"executor={executor!r} cannot run this call: {reasons[executor]}. "
+            f"{DENSE if chosen == 'reference' else fix}"
         )
     return executor
+
+
+def _of_parts(x: Tensor, parts: Sequence[Sequence[int]]) -> Iterable[Tensor]:
+    """The heads of each part, of x; copies are made when their turn comes."""
+    if [head for heads in parts for head in heads] == list(range(x.shape[1])):
+        # its backward is one cat, where each of many views makes a gradient as large as x
+        return torch.split(x, [len(heads) for heads in parts], 1)
+    return (_take_heads(x, heads) for heads in parts)
 
 
 def _take_heads(x: Tensor, heads: Sequence[int]) -> Tensor:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -47,11 +48,14 @@ class Dropout:
     def of(cls, dropout_p: float, seed: int | Tensor | None) -> Dropout | None:
         """What a caller asked for: None for no dropout; a seed not given is drawn from torch's."""
         refuse_bad_dropout(dropout_p)
-        if isinstance(seed, Tensor) and (seed.dim() or seed.is_floating_point()):
-            raise MaskError(
-                f"dropout_seed is a {seed.dtype} tensor {tuple(seed.shape)}; give an int or a 0-d "
-                "integer tensor."
-            )
+        if isinstance(seed, Tensor):
+            if seed.dim() or seed.is_floating_point():
+                raise MaskError(
+                    f"dropout_seed is a {seed.dtype} tensor {tuple(seed.shape)}; give an int or a "
+                    "0-d integer tensor."
+                )
+        elif seed is not None and not isinstance(seed, int):
+            raise MaskError(f"dropout_seed={seed!r}; give an int or a 0-d integer tensor.")
         if not dropout_p:
             return None
         return cls(dropout_p, fresh_seed() if seed is None else seed)
@@ -121,10 +125,19 @@ def is_kept(
 
 def refuse_bad_dropout(dropout_p: float) -> None:
     """Raise MaskError unless dropout_p is in [0, 1)."""
-    if not 0 <= dropout_p < 1:
+    if (
+        isinstance(dropout_p, (Tensor, bool))
+        or not isinstance(dropout_p, Real)
+        or not 0 <= dropout_p < 1
+    ):
         raise MaskError(
-            f"dropout_p={dropout_p} is not a chance to drop a weight. Use 0 <= dropout_p < 1; "
-            "0 is no dropout."
+            f"dropout_p={dropout_p!r} is not a chance to drop a weight. Use a number, "
+            "0 <= dropout_p < 1; 0 is no dropout."
+        )
+    if round(dropout_p * OUTCOMES) == OUTCOMES:
+        raise MaskError(
+            f"dropout_p={dropout_p} drops every weight: it counts to the nearest 2^-31. Use "
+            "dropout_p <= 1 - 2^-31."
         )
 
 

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
 if TYPE_CHECKING:
     from flexsparse.compiler import CompiledMask
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 def mismatch(compiled: CompiledMask, q: Tensor, k: Tensor, v: Tensor) -> str | None:
     """Why these inputs do not fit this mask or each other, as a sentence, or None if they do."""
     for name, x in (("q", q), ("k", k), ("v", v)):
+        if isinstance(x, Tensor) and (x.is_nested or x.layout != torch.strided):
+            return f"{name} is nested or sparse; pad it, or pack it and use fs.varlen."
         if not isinstance(x, Tensor) or x.dim() != 4:
             found = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
             return f"{name} is {found}; it must be a tensor [batch, heads, tokens, head_dim]."
@@ -26,8 +31,11 @@ def mismatch(compiled: CompiledMask, q: Tensor, k: Tensor, v: Tensor) -> str | N
             )
         if x.shape[0] != q.shape[0]:
             return f"{name} has {x.shape[0]} batch rows and q has {q.shape[0]}; give them the same."
-    if not q.is_floating_point():
-        return f"q, k and v are {q.dtype}; attention takes floating-point tensors."
+    if q.dtype not in DTYPES:
+        return (
+            f"q, k and v are {q.dtype}; attention takes floating-point tensors: float16, bfloat16, "
+            "float32 or float64."
+        )
     for name, n, compiled_n, what in (
         ("q", q.shape[2], compiled.q_len, "q_len"),
         ("k", k.shape[2], compiled.kv_len, "kv_len"),
@@ -40,6 +48,9 @@ def mismatch(compiled: CompiledMask, q: Tensor, k: Tensor, v: Tensor) -> str | N
             )
     if q.shape[3] != k.shape[3]:
         return f"q has head_dim {q.shape[3]} and k has {k.shape[3]}; they must be the same."
+    for name, x in (("q", q), ("v", v)):
+        if 0 in (x.shape[1], x.shape[3]):
+            return f"{name} is {tuple(x.shape)}; it must have heads, and a head_dim, of 1 or more."
     n_heads, n_kv_heads = q.shape[1], k.shape[1]
     if v.shape[1] != n_kv_heads:
         return f"k has {n_kv_heads} heads and v has {v.shape[1]}; they must have the same."

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.attention.flex_attention import BlockMask
 
 from flexsparse.blocks import CompactBlockMask, block_mask, write_kept_blocks
@@ -104,12 +105,14 @@ class Launch:
             "dropout": dropout,
             "return_lse": return_lse,
         }
+        transformed = _transformed(q, k, v)
         yield "sdpa", sdpa.unsupported(self.mask, self.grid, **asked)
         no_band = None if self.band else "the mask is not one band that ends at the last key"
-        yield "flash", no_band or flash.unsupported(q, k, v, **asked)
+        yield "flash", no_band or transformed or flash.unsupported(q, k, v, **asked)
         yield (
             "streaming",
             no_streams
+            or transformed
             or streaming.unsupported(
                 q, k, v, *self.sinks_and_windows(range(q.shape[1])), **self.positions
             ),
@@ -117,10 +120,9 @@ class Launch:
         yield "gather", self._not_gathered(q.device, **asked)
         yield (
             "flex",
-            self._not_elementwise()
-            or flex.unsupported(q, k, v, dropout=dropout, return_lse=return_lse),
+            transformed or self._not_elementwise() or flex.unsupported(q, k, v, **asked),
         )
-        yield "blockwise", blockwise.unsupported(q, k, v, self.grid.block_size)
+        yield "blockwise", transformed or blockwise.unsupported(q, k, v, self.grid.block_size)
         yield "reference", None
 
     def _not_gathered(self, device: torch.device, **asked: Any) -> str | None:
@@ -227,3 +229,17 @@ class Launch:
         renumbered = None if heads == tuple(range(len(heads))) else heads
         wide = needs_int64(mask, self.grid._replace(heads=heads))
         return lowering(mask, self.device, renumbered, wide)
+
+
+def _transformed(*inputs: Tensor) -> str | None:
+    """Why kernels would lose what torch.func makes of an input, as a sentence, or None."""
+    if torch.compiler.is_compiling():
+        return None
+    if any(torch._C._functorch.is_batchedtensor(x) for x in inputs):
+        return "torch.func.vmap is mapped over it, and a batch is the first dimension of q, k and v"
+    # the level is -1 where there are no tangents at all
+    if forward_ad._current_level >= 0:
+        for x in inputs:
+            if forward_ad.unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]
+                return "an input carries a tangent, and only dense attention passes it on"
+    return None

@@ -235,6 +235,77 @@ def test_score_mod_may_be_nan_where_nothing_is_kept():
     assert out.isfinite().all()
 
 
+SOFTCAP = lambda s, b, h, q_idx, kv_idx: 5 * torch.tanh(s / 5)  # noqa: E731
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("score_mod", [None, SOFTCAP])
+def test_a_hidden_key_may_hold_anything(poison, score_mod):
+    in_cache = lambda b, h, q_idx, kv_idx: (q_idx >= kv_idx) & (kv_idx < 200)  # noqa: E731
+    inputs, block_mask, kept = reference_case(300, 300, (64, 64), mask_mod=in_cache)
+    block_mask.full_kv_num_blocks.zero_()
+    kept &= torch.arange(300) < 200
+
+    def results(q, k, v):
+        out, lse = blockwise.run(q, k, v, block_mask, score_mod=score_mod, return_lse=True)
+        return out, lse, *gradients(out, lse, (q, k, v))
+
+    q, k, v = inputs
+    poisoned = k.detach().clone()
+    poisoned[:, :, 200:] = poison
+    torch.testing.assert_close(results(q, poisoned.requires_grad_(), v), results(q, k, v))
+
+
+def padded(value):
+    """A score_mod that pads as models do: these rows have one score everywhere."""
+    return lambda s, b, h, q_idx, kv_idx: torch.where(q_idx < 100, value, s)
+
+
+def test_the_lowest_float_is_a_score_like_others():
+    (q, k, v), block_mask, all_kept = reference_case(dtype=torch.float32)
+    low = padded(torch.finfo(torch.float32).min)
+    out, lse = blockwise.run(q, k, v, block_mask, score_mod=low, return_lse=True)
+    kept = all_kept[:, :, :100].float()
+    even = kept / kept.sum(-1, keepdim=True).clamp(min=1) @ v.repeat_interleave(2, 1)
+    torch.testing.assert_close(out[:, :, :100], even)
+    torch.testing.assert_close(lse, attend_densely(q, k, v, all_kept, low)[1])
+
+
+def test_a_row_of_scores_of_minus_infinity_keeps_nothing():
+    inputs, block_mask, _ = reference_case(dtype=torch.float32)
+    nothing = padded(-math.inf)
+    out, lse = blockwise.run(*inputs, block_mask, score_mod=nothing, return_lse=True)
+    assert out[:, :, :100].eq(0).all()
+    assert lse[:, :, :100].eq(-math.inf).all()
+
+
+def test_a_hidden_score_of_any_size_stays_hidden():
+    q = torch.full((1, 1, 4, 1), 1e16)
+    k = torch.tensor([1.0, 1, 1, 1e16]).view(1, 1, 4, 1)
+    v = torch.tensor([1.0, 1, 1, 99]).view(1, 1, 4, 1)
+    block_mask = as_block_mask(torch.ones(1, 1, 1, 1).int(), (4, 4), (128, 128), CAUSAL)
+    out, _ = blockwise.run(q, k, v, block_mask)
+    assert out.flatten().tolist() == [1, 1, 1, 99]
+
+
+def test_gradients_of_large_scores_are_as_exact_as_those_of_dense_attention():
+    inputs, block_mask, kept = reference_case(dtype=torch.float32)
+    large = lambda s, b, h, q_idx, kv_idx: s + 1e5  # noqa: E731
+    exact = softmax_densely(*(x.double() for x in inputs), kept, 1e5)
+    dense = softmax_densely(*inputs, kept, 1e5)
+    out, _ = blockwise.run(*inputs, block_mask, score_mod=large)
+    exact, dense, mine = (
+        torch.autograd.grad(x.square().sum(), inputs[2])[0] for x in (exact, dense, out)
+    )
+    assert (mine - exact).norm() <= 2 * (dense - exact).norm()
+
+
+def softmax_densely(q, k, v, kept, shift):
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    scores = (q @ k.mT * q.shape[-1] ** -0.5 + shift).masked_fill(~kept, -1e30)
+    return scores.softmax(-1) * kept @ v
+
+
 @pytest.mark.parametrize("p", [0.0, 0.17, 0.9])
 def test_dropout_agrees_with_dropping_dense_weights(p):
     assert_agrees(*reference_case(), dropout=(p, 12345))

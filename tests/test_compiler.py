@@ -2,6 +2,7 @@ import pickle
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.nn.functional import scaled_dot_product_attention
 
 import flexsparse as fs
@@ -201,12 +202,35 @@ def test_gradients_on_cpu():
         torch.testing.assert_close(mine, their)
 
 
+@pytest.mark.parametrize("heads", [[causal] * 2 + [STREAMING] * 2, [causal, STREAMING] * 2])
+def test_gradients_of_parts_come_together(heads):
+    q, k, v = (x.requires_grad_() for x in inputs(150, 200, n_kv_heads=2))
+    attend = compile_mask(per_head(heads), 150, 200)
+    weights = torch.randn(1, 4, 150, 32)
+    ours = torch.autograd.grad(attend(q, k, v), (q, k, v), weights)
+    theirs = torch.autograd.grad(attend(q, k, v, executor="reference"), (q, k, v), weights)
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_heads_in_order_are_split_at_once():
+    q, k, v = (x.requires_grad_() for x in inputs(150, 200, n_kv_heads=2))
+    out = compile_mask(per_head([causal] * 2 + [STREAMING] * 2), 150, 200)(q, k, v)
+    names, nodes = [], [out.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        names.append(node.name())
+        nodes += [x for x, _ in node.next_functions if x is not None]
+    assert {x for x in names if "Split" in x or "Slice" in x} == {"SplitWithSizesBackward0"}
+
+
 def test_no_batch_rows_give_none():
     attend = compile_mask(per_head([causal, STREAMING] * 2), 150, 200)
     q, k, v = (x.requires_grad_() for x in inputs(150, 200, n_kv_heads=2, batch=0, v_dim=16))
     out, lse = attend(q, k, v, return_lse=True, dropout_p=0.1)
     assert (out.shape, lse.shape) == ((0, 4, 150, 16), (0, 4, 150))
-    assert attend(q.detach(), k.detach(), v.detach()).shape == out.shape
+    for executor in (None, "gather", "flex", "blockwise", "reference"):
+        assert attend(q.detach(), k.detach(), v.detach(), executor=executor).shape == out.shape
+    assert torch.compile(attend, fullgraph=True, backend="eager")(q, k, v).shape == out.shape
     assert [x.shape for x in torch.autograd.grad(out.sum(), (q, k, v))] == [
         x.shape for x in (q, k, v)
     ]
@@ -360,6 +384,15 @@ CALL_MISTAKES = [
     ),
     (lambda q, k, v: (q, k.expand(3, -1, -1, -1), v), "k has 3 batch rows and q has 1"),
     (lambda q, k, v: (q.int(), k.int(), v.int()), "takes floating-point"),
+    (
+        lambda q, k, v: [x.to(torch.float8_e4m3fn) for x in (q, k, v)],
+        "float8_e4m3fn; .* float16, bfloat16, float32 or float64",
+    ),
+    (lambda q, k, v: (q.to_sparse(), k, v), "q is nested or sparse; pad it"),
+    (lambda q, k, v: (q, torch.nested.nested_tensor([*k]), v), "k is nested or sparse; pad it"),
+    (lambda q, k, v: (q[..., :0], k[..., :0], v), r"q is \(1, 4, 64, 0\); .* 1 or more"),
+    (lambda q, k, v: (q, k, v[..., :0]), r"v is \(1, 4, 64, 0\); .* 1 or more"),
+    (lambda q, k, v: (q[:, :0], k, v), r"q is \(1, 0, 64, 32\); .* 1 or more"),
 ]
 
 
@@ -370,6 +403,90 @@ def test_call_mistakes_get_a_sentence(change, message):
         attend(*change(*inputs(64, 64)))
 
 
+OPTION_MISTAKES = [
+    ({"scale": "x"}, "scale='x'; it must be a finite number"),
+    ({"scale": float("nan")}, "scale=nan"),
+    ({"scale": float("inf")}, "scale=inf"),
+    ({"scale": True}, "scale=True"),
+    ({"scale": torch.tensor(0.3, requires_grad=True)}, "scale is a tensor .*multiply q by it"),
+    ({"dropout_p": "0.1"}, "dropout_p='0.1' is not a chance"),
+    ({"dropout_p": None}, "dropout_p=None"),
+    ({"dropout_p": torch.tensor(0.1)}, r"dropout_p=tensor\(0.1"),
+    ({"dropout_p": 0.9999999999}, r"drops every weight.*1 - 2\^-31"),
+    ({"dropout_p": 0.1, "dropout_seed": "x"}, "dropout_seed='x'"),
+    ({"dropout_p": 0.1, "dropout_seed": 1.5}, "dropout_seed=1.5"),
+    ({"score_mod": 3}, "score_mod=3; it must be a function"),
+    ({"score_mod": lambda score, b, h: score}, r"<lambda>\(score, b, h\) takes something else"),
+    ({"score_mod": lambda *_: None}, "<lambda> returned None"),
+]
+
+
+@pytest.mark.parametrize("executor", ["flex", "blockwise", "reference"])
+@pytest.mark.parametrize(("options", "message"), OPTION_MISTAKES, ids=lambda x: str(x)[:30])
+def test_mistaken_options_get_a_sentence(options, message, executor):
+    attend = compile_mask(STREAMING, 64, 64)
+    with pytest.raises(MaskError, match=message):
+        attend(*inputs(64, 64), executor=executor, **options)
+
+
+def test_an_error_inside_a_score_mod_is_its_own():
+    def broken(score, b, h, q_idx, kv_idx):
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        compile_mask(STREAMING, 64, 64)(*inputs(64, 64), score_mod=broken, executor="reference")
+
+
+@pytest.mark.parametrize("executor", ["flex", "blockwise", "reference"])
+def test_a_score_mod_may_give_float64(executor):
+    slopes = torch.tensor([1.0, 0.5, 0.25, 0.125], dtype=torch.float64)
+    alibi = lambda score, b, h, q_idx, kv_idx: score - slopes[h] * (q_idx - kv_idx)  # noqa: E731
+    attend, qkv = compile_mask(STREAMING, 64, 64), inputs(64, 64)
+    out = attend(*qkv, score_mod=alibi, executor=executor)
+    exact = attend(*(x.double() for x in qkv), score_mod=alibi, executor="reference")
+    torch.testing.assert_close(out, exact.float())
+
+
+def test_what_a_score_mod_reads_may_alone_require_a_gradient():
+    bias = torch.zeros(4, requires_grad=True)
+    biased = lambda score, b, h, q_idx, kv_idx: score + bias[h] * kv_idx  # noqa: E731
+    attend, (q, k, v) = compile_mask(STREAMING, 64, 64), inputs(64, 64)
+    ours = torch.autograd.grad(attend(q, k, v, score_mod=biased).square().sum(), bias)
+    theirs = attend(q, k, v, score_mod=biased, executor="reference")
+    torch.testing.assert_close(ours, torch.autograd.grad(theirs.square().sum(), bias))
+
+
+def test_the_reference_weighs_alike_scores_that_are_large():
+    low = torch.finfo(torch.float32).min
+    q, k, v = inputs(64, 64)
+    out = compile_mask(causal, 64, 64)(
+        q, k, v, score_mod=lambda score, *_: torch.full_like(score, low), executor="reference"
+    )
+    torch.testing.assert_close(out, v.cumsum(2) / torch.arange(1, 65)[:, None])
+
+
+@pytest.mark.parametrize("executor", ["flex", "blockwise", "reference", None])
+def test_under_autocast_all_executors_give_its_dtype(executor):
+    mask = STREAMING if executor else causal  # sdpa
+    attend, qkv = compile_mask(mask, 64, 64), inputs(64, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = attend(*qkv, executor=executor)
+    assert out.dtype == torch.bfloat16
+    assert_as_good_as_dense(out, mask, *(x.bfloat16() for x in qkv))
+
+
+@pytest.mark.parametrize("executor", [None, "flex", "blockwise"])
+def test_what_torch_func_would_lose_is_refused(executor):
+    q, k, v = inputs(64, 64)
+    run = lambda q: compile_mask(STREAMING, 64, 64)(q, k, v, executor=executor)  # noqa: E731
+    with pytest.raises(ExecutorError, match=r"carries a tangent.*reference"):
+        torch.func.jvp(run, (q,), (q,))
+    with pytest.raises(ExecutorError, match=r"torch.func.vmap.*reference"):
+        torch.vmap(run)(q[None])
+    with forward_ad.dual_level(), pytest.raises(ExecutorError, match="carries a tangent"):
+        run(forward_ad.make_dual(q, q))
+
+
 def test_an_executor_that_cannot_run_says_why():
     attend = compile_mask(causal, 64, 64)
     q, k, v = inputs(64, 64)
@@ -377,8 +494,9 @@ def test_an_executor_that_cannot_run_says_why():
         attend(q, k, v, return_lse=True, executor="flex")
     with pytest.raises(ExecutorError, match="no backward on CPU"):
         attend(q.requires_grad_(), k, v, executor="flex")
-    with pytest.raises(ExecutorError, match="no executor 'cudnn'"):
-        attend(q, k, v, executor="cudnn")
+    for name in ("cudnn", ["flex"]):
+        with pytest.raises(ExecutorError, match=r"There is no executor .*there are sdpa, flash"):
+            attend(q, k, v, executor=name)
 
 
 def test_a_table_changed_after_compiling_is_refused():

@@ -150,6 +150,15 @@ def test_gathered_keys_are_read_without_a_kernel():
     torch.testing.assert_close(*grads)
 
 
+def test_a_query_that_sees_no_key_has_gradients_of_zero():
+    q, k, v = (torch.randn(2, n, length, 16) for n, length in ((4, 1), (2, 300), (2, 300)))
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    out = compile_mask(causal & window(64), 300, 300).row(-1)(*inputs, executor="gather")
+    assert out.shape == q.shape
+    assert out.eq(0).all()
+    assert all(x.eq(0).all() for x in torch.autograd.grad(out.sum(), inputs))
+
+
 def test_many_keys_are_gathered_only_where_they_follow_each_other():
     length = 3 * gather.MOST_COPIED
     q, k, v = torch.randn(1, 2, 1, 16), *torch.randn(2, 1, 2, length, 16)

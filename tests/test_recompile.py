@@ -10,6 +10,7 @@ from torch.nn.attention import flex_attention as torch_flex
 from torch.nn.functional import scaled_dot_product_attention
 
 from flexsparse import compile_mask, kv_idx, per_head, q_idx
+from flexsparse.executors import flex
 from flexsparse.masks import causal, chunked, dilated, sink, strided, window
 
 TOKENS = torch.arange(300)
@@ -60,6 +61,95 @@ def test_the_windows_of_heads_are_one_compilation(graphs):
             one = [x[:, [head]] for x in (q, k, v)]
             torch.testing.assert_close(out[:, [head]], dense(masks[head], *one))
     assert graphs() == 1
+
+
+def test_eleven_scales_are_one_compilation(graphs):
+    q, k, v = inputs(3)
+    attend = compile_mask(causal & window(70), 300, 300)
+    for scale in torch.linspace(0.1, 2, 11).tolist():
+        out = attend(q, k, v, scale=scale, executor="flex")
+        assert graphs() == 1
+        expected = attend(q, k, v, scale=scale, executor="reference")
+        torch.testing.assert_close(out, expected)
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """Kernels are traced by dynamo, with its limit, and run as they are: to compile takes long."""
+    monkeypatch.setattr(flex, "_kernels", {})
+    monkeypatch.setattr(flex.flex_cpu, "compile_graph", lambda graph, _: graph.forward)
+    # as inductor does when it writes a kernel
+    with torch._dynamo.config.patch(specialize_float=True):
+        yield
+
+
+def softcap(c):
+    return lambda score, b, h, q_idx, kv_idx: c * torch.tanh(score / c)
+
+
+class Applied:
+    """A score_mod by a function, which dynamo compiles and no key knows; it cannot be hashed."""
+
+    __hash__ = None
+
+    def __init__(self, function):
+        self.function = function
+
+    def __call__(self, score, b, h, q_idx, kv_idx):
+        return self.function(score)
+
+
+FUNCTIONS = [torch.tanh, torch.sin, torch.cos, torch.atan, torch.erf, torch.abs, torch.neg]
+FUNCTIONS += [torch.relu, torch.sigmoid, torch.square, torch.floor]
+
+
+@pytest.mark.parametrize(
+    "kind", [Applied, lambda f: functools.partial(Applied.__call__, Applied(f))]
+)
+def test_eleven_score_mods_pass_the_limit_of_dynamo(traced, graphs, kind):
+    q, k, v = inputs(3)
+    attend = compile_mask(causal & window(70), 300, 300)
+    for function in FUNCTIONS:
+        out = attend(q, k, v, score_mod=kind(function), executor="flex")
+        expected = attend(q, k, v, score_mod=kind(function), executor="reference")
+        torch.testing.assert_close(out, expected)
+    assert graphs() == 11
+
+
+def test_numbers_of_score_mods_are_compiled_once_each(traced, graphs):
+    q, k, v = inputs(3)
+    attend = compile_mask(causal & window(70), 300, 300)
+    for _ in range(2):  # as the layers of a model do, which come again at each step
+        for c in range(1, 12):
+            attend(q, k, v, score_mod=softcap(c / 2), executor="flex")
+    assert graphs() == 11
+
+
+@torch._dynamo.config.patch(specialize_int=True)  # as inductor does
+def test_eleven_sizes_of_blocks_pass_the_limit_of_dynamo(traced, graphs):
+    q, k, v = inputs(3)
+    for size in (1, 3, 7, 16, 48, 100, 127, 128, 129, 200, 256):
+        out = compile_mask(causal & window(70), 300, 300, block_size=size)(q, k, v, executor="flex")
+        torch.testing.assert_close(out, dense(causal & window(70), q, k, v))
+    assert graphs() == 11
+
+
+def test_a_compiler_that_is_switched_off_is_an_error(traced):
+    with torch.compiler.set_stance("force_eager"), pytest.raises(RuntimeError, match="blockwise"):
+        compile_mask(causal & window(70), 300, 300)(*inputs(3), executor="flex")
+
+
+def test_equal_lengths_are_not_tied_by_a_later_compilation(traced, graphs):
+    q, k, v = inputs(3)
+    few = q[:, :, :200].contiguous()
+    chunk = compile_mask(causal & window(70), 200, 300, q_offset=0)
+    chunk(few, k, v, score_mod=Applied(torch.tanh), executor="flex")
+    attend = compile_mask(causal & window(70), 300, 300)
+    attend(q, k, v, score_mod=Applied(torch.sin), executor="flex")
+    assert graphs() == 2
+    chunk = attend.at(200, 300, 0)
+    chunk(few, k, v, score_mod=Applied(torch.sin), executor="flex")
+    assert graphs() == 2
 
 
 @pytest.mark.slow

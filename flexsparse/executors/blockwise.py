@@ -4,8 +4,9 @@
 
 Only kept blocks are computed. Lines of blocks of one length are done together, in batches small
 enough for the cache; long lines are merged piece by piece by their running maximum. The backward
-recomputes p from the lse, so memory is O(length) plus one batch. Everything is computed in float32
-(float64 for float64 inputs). Inside, scores are powers of 2: exp2 is several times faster than exp.
+recomputes p from that maximum, so memory is O(length) plus one batch. Everything is computed in
+float32 (float64 for float64 inputs). Inside, scores are powers of 2: exp2 is several times faster
+than exp. A hidden key may hold anything, NaN too; a hidden value may not: 0 * NaN is NaN.
 Gradients of k and v are added up by index_add_, whose order is not fixed on CUDA unless
 torch.use_deterministic_algorithms is on. There is no second derivative.
 """
@@ -23,7 +24,7 @@ from torch.nn.attention.flex_attention import BlockMask, noop_mask
 
 from flexsparse.dropout import Dropout
 from flexsparse.executors.blockwise_schedule import Sizes
-from flexsparse.executors.blockwise_scores import LOG2_E, LOWEST, Call, captured_by
+from flexsparse.executors.blockwise_scores import Call, captured_by
 
 Mod = Callable[..., Tensor]
 
@@ -81,7 +82,7 @@ def run(
         dropout=dropout,
     )
     captured = captured_by(score_mod, q) if score_mod and torch.is_grad_enabled() else []
-    out, lse = _Blockwise.apply(call, q, k, v, *captured)  # type: ignore[no-untyped-call]
+    out, lse, _, _ = _Blockwise.apply(call, q, k, v, *captured)  # type: ignore[no-untyped-call]
     return out, lse.float() if return_lse else None
 
 
@@ -131,17 +132,17 @@ class _Blockwise(torch.autograd.Function):
     @staticmethod
     def forward(
         call: Call, q: Tensor, k: Tensor, v: Tensor, *captured: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         block_q, block_kv = call.sizes.block
         dtype = torch.promote_types(q.dtype, torch.float32)
         q_blocks = _blocks(q.to(dtype) * (call.scale * call.unit), block_q)
         k_blocks, v_blocks = _blocks(k, block_kv), _blocks(v, block_kv)
         per_row = (len(q_blocks), block_q)
         out = q_blocks.new_zeros(*per_row, v.shape[3])
-        top = q_blocks.new_full((*per_row, 1), LOWEST)  # the maximum of a row's scores so far
-        mass = q_blocks.new_zeros(*per_row, 1)  # the sum of its exp2(score - top)
+        top = q_blocks.new_full((*per_row, 1), -torch.inf)  # the maximum of a row's scores so far
+        mass = q_blocks.new_zeros(*per_row, 1)  # the sum of their exp(score - top)
         scratch = _Scratch(q.device, dtype)
-        for batch in call.batches(q.device):
+        for batch in call.batches(q.device, dtype):
             at, entries = batch.at, len(batch.q_idx)
             qs = scratch.take("q", q_blocks, at.q_block, entries)
             ks = scratch.take("k", k_blocks, at.kv_block, entries)
@@ -150,13 +151,16 @@ class _Blockwise(torch.autograd.Function):
             s = torch.bmm(qs, ks.mT, out=scratch("s", *flat))
             s = s.view(entries, -1, block_q, flat[2])
             if call.score_mod is not None:
-                s = call.modify(s, batch) * LOG2_E
-            s = call.hide(s, batch)
-            new_top = s.amax(-1).clamp_(min=LOWEST).view(-1, block_q, 1)
+                # a copy: it may be a tensor that the score_mod captured
+                s = call.modify(s, batch).clone(memory_format=torch.contiguous_format)
+            s = call.hide_(s, batch)
+            new_top = s.amax(-1).view(-1, block_q, 1)
             if not batch.work.is_first:
                 old_top = top.index_select(0, at.q_block)
                 new_top = torch.maximum(new_top, old_top)
-            p = s.sub_(new_top.view(*s.shape[:3], 1)).exp2_()
+            # so that -inf meets no -inf in a row that keeps nothing so far
+            base = new_top.masked_fill(new_top == -torch.inf, 0)
+            p = call.exp_(s.sub_(base.view(*s.shape[:3], 1)))
             new_mass = p.sum(-1).view(-1, block_q, 1)
             factor = call.drop_factor(batch, dtype)
             if factor is not None:
@@ -164,47 +168,54 @@ class _Blockwise(torch.autograd.Function):
             new_out = torch.bmm(p.reshape(flat), vs, out=scratch("o", *flat[:2], v.shape[3]))
             new_out = new_out.view(-1, block_q, v.shape[3])
             if not batch.work.is_first:
-                shrink = (old_top - new_top).exp2_()
+                shrink = call.exp_(old_top - base)
                 new_mass.addcmul_(mass.index_select(0, at.q_block), shrink)
                 new_out.addcmul_(out.index_select(0, at.q_block), shrink)
             top.index_copy_(0, at.q_block, new_top)
             mass.index_copy_(0, at.q_block, new_mass)
             out.index_copy_(0, at.q_block, new_out)
         out.div_(mass.masked_fill(mass == 0, 1))
-        lse = torch.where(mass == 0, -torch.inf, top / LOG2_E + mass.log())
-        return _unblocks(out, q).to(q.dtype), _unblocks(lse, q).squeeze(-1)
+        top, mass = (_unblocks(x, q).squeeze(-1) for x in (top, mass))
+        return _unblocks(out, q).to(q.dtype), top / call.unit + mass.log(), top, mass
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.call, q, k, v, *ctx.captured = inputs
-        ctx.save_for_backward(q, k, v, *output)
+        out, _, top, mass = output
+        # top and mass apart: their sum, the lse, would round away the mass where scores are large
+        ctx.save_for_backward(q, k, v, out, top, mass)
+        ctx.mark_non_differentiable(top, mass)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, *_: None) -> Any:
         call: Call = ctx.call
-        q, k, v, out, lse = ctx.saved_tensors
+        q, k, v, out, top, mass = ctx.saved_tensors
         block_q, block_kv = call.sizes.block
         dtype = torch.promote_types(q.dtype, torch.float32)
         q_blocks = _blocks(q.to(dtype) * (call.scale * call.unit), block_q)
         k_blocks, v_blocks = _blocks(k, block_kv), _blocks(v, block_kv)
+        # grad_s = p / mass * (grad_p - delta), and what is divided by mass is the smaller factor
+        mass = mass.masked_fill(mass == 0, 1).unsqueeze(-1)
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-        # grad_s = p * (grad_p - delta)
-        delta = (grad_out.to(dtype) * out.to(dtype)).sum(-1, keepdim=True)
+        grad_out = grad_out.to(dtype) / mass
+        delta = (grad_out * out.to(dtype)).sum(-1, keepdim=True)
         if grad_lse is not None:
-            delta = delta - grad_lse.unsqueeze(-1)
-        # p = exp2(s - level); 0 in rows that keep nothing or lie past the end
-        level = LOG2_E * lse.masked_fill(lse == -torch.inf, torch.inf).unsqueeze(-1)
+            delta = delta - grad_lse.unsqueeze(-1) / mass
+        # p = exp(s - level); 0 in rows that keep nothing or lie past the end
+        level = top.masked_fill(top == -torch.inf, torch.inf).unsqueeze(-1)
         o_blocks, delta = _blocks(grad_out, block_q), _blocks(delta, block_q)
         level = _blocks(level, block_q, past_end=torch.inf)
+        # a hidden key may hold NaN, of which even 0 times is NaN
+        keys_are_finite = math.isfinite(k.sum(dtype=dtype))
 
         grad_q = torch.zeros_like(q_blocks)
         grad_k = torch.zeros_like(k_blocks, dtype=dtype)
         grad_v = torch.zeros_like(v_blocks, dtype=dtype)
         grad_captured = [torch.zeros_like(x) for x in ctx.captured]
         scratch = _Scratch(q.device, dtype)
-        for batch in call.batches(q.device):
+        for batch in call.batches(q.device, dtype):
             at, entries = batch.at, len(batch.q_idx)
             qs = scratch.take("q", q_blocks, at.q_block, entries)
             os = scratch.take("o", o_blocks, at.q_block, entries)
@@ -215,12 +226,12 @@ class _Blockwise(torch.autograd.Function):
             s = torch.bmm(qs, ks.mT, out=scratch("s", *flat)).view(shape)
             grad_s = torch.bmm(os, vs.mT, out=scratch("grad_s", *flat)).view(shape)
             if call.score_mod is not None:
-                natural = s
+                natural = call.hide_(s, batch, with_zero=True)
                 with torch.enable_grad():
                     modified = call.modify(natural.requires_grad_(), batch)
-                s = modified.detach() * LOG2_E
-            s = call.hide(s, batch)
-            p = s.sub_(level.index_select(0, at.q_block).view(*shape[:3], 1)).exp2_()
+                s = modified.detach().clone(memory_format=torch.contiguous_format)
+            s = call.hide_(s, batch)
+            p = call.exp_(s.sub_(level.index_select(0, at.q_block).view(*shape[:3], 1)))
             dropped = p
             factor = call.drop_factor(batch, dtype)
             if factor is not None:
@@ -232,16 +243,19 @@ class _Blockwise(torch.autograd.Function):
                 grad_s, *grads = torch.autograd.grad(
                     modified,
                     [natural, *ctx.captured],
-                    grad_s.to(modified.dtype),
+                    grad_s,
                     allow_unused=True,
                     materialize_grads=True,
                 )
                 for total, grad in zip(grad_captured, grads, strict=True):
                     total += grad
+                grad_s = call.hide_(grad_s.contiguous(), batch, with_zero=True)
             grad_s = grad_s.reshape(flat)
             _add_blocks(
                 grad_k, at.kv_block, torch.bmm(grad_s.mT, qs, out=scratch("grad_k", *ks.shape))
             )
+            if not keys_are_finite:
+                ks.nan_to_num_(0, 0, 0)
             _add_blocks(grad_q, at.q_block, torch.bmm(grad_s, ks, out=scratch("grad_q", *qs.shape)))
         grad_q = _unblocks(grad_q.mul_(call.scale), q).to(q.dtype)
         grad_k = _unblocks(grad_k.div_(call.unit), k).to(k.dtype)

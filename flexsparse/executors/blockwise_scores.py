@@ -30,11 +30,9 @@ Mod = Callable[..., Tensor]
 # scores in one batch: on CPU they stay in the cache, elsewhere they fill the device
 BUDGET = {"cpu": 1 << 20}
 BUDGET_ELSEWHERE = 1 << 24
-# what a score loses where it is not kept, and the least maximum of a row: the exp2 of their
-# difference is 0, and no infinity ever meets another
-HIDDEN = 1e30
-LOWEST = -1e29
 LOG2_E = math.log2(math.e)
+# a float as its bits, and those of -inf
+BITS = {torch.float32: (torch.int32, -1 << 23), torch.float64: (torch.int64, -1 << 52)}
 
 
 class Batch(NamedTuple):
@@ -42,7 +40,7 @@ class Batch(NamedTuple):
 
     work: Work
     at: Addresses
-    hidden: Tensor | None  # > 0 where a score of the work's edge is not kept, None without an edge
+    edge: tuple[Tensor, Tensor] | None  # bits to keep of the scores of the work's edge, bits to set
     q_idx: Tensor  # [entries, queries]
     kv_idx: Tensor  # [entries, keys]
 
@@ -60,10 +58,15 @@ class Call:
 
     @property
     def unit(self) -> float:
-        """What q is multiplied by besides scale, so that its products with k are powers of 2."""
+        """What q is multiplied by besides scale: 1 / log 2 makes powers of 2 of its products."""
+        # a score_mod takes natural scores, and may give such as a product with this would overflow
         return LOG2_E if self.score_mod is None else 1.0
 
-    def batches(self, device: torch.device) -> Iterator[Batch]:
+    def exp_(self, s: Tensor) -> Tensor:
+        """The exponential of differences of scores, in place."""
+        return (s if self.score_mod is None else s.mul_(LOG2_E)).exp2_()
+
+    def batches(self, device: torch.device, dtype: torch.dtype) -> Iterator[Batch]:
         """Every kept block once; a mask that reads neither b nor h is evaluated once a line."""
         sizes = self.sizes
         budget = BUDGET.get(device.type, BUDGET_ELSEWHERE)
@@ -76,56 +79,65 @@ class Call:
             raw = (work.kv_block[:, :, None] * sizes.block[1] + in_kv).flatten(1)
             kv_idx = raw.clamp(max=sizes.kv_len - 1)
             is_past = raw >= sizes.kv_len
-            hidden = None
+            edge = None
             if work.edge and mask_is_shared:
                 zero = torch.zeros_like(work.row)
-                hidden = self._hide(work, zero, zero[:, None], q_idx, kv_idx, is_past)
+                edge = self._edge(work, zero, zero[:, None], q_idx, kv_idx, is_past, dtype)
             planes_at_once = max(1, budget // (sizes.stacked * q_idx.numel() * kv_idx.shape[1]))
             for first in range(0, planes, planes_at_once):
                 end = min(first + planes_at_once, planes)
                 at = addresses(work, sizes, first, end)
                 indices = q_idx.repeat(end - first, 1), kv_idx.repeat(end - first, 1)
                 if work.edge and not mask_is_shared:
-                    hidden = self._hide(work, at.b, at.h, *indices, is_past)
-                yield Batch(work, at, hidden, *indices)
+                    edge = self._edge(work, at.b, at.h, *indices, is_past, dtype)
+                yield Batch(work, at, edge, *indices)
 
-    def _hide(
-        self, work: Work, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor, is_past: Tensor
-    ) -> Tensor:
-        """Float, to hide by one fused subtraction: [planes, lines, stacked, queries, keys]."""
+    def _edge(
+        self,
+        work: Work,
+        b: Tensor,
+        h: Tensor,
+        q_idx: Tensor,
+        kv_idx: Tensor,
+        is_past: Tensor,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
+        """Bits that leave a score or make it -inf: [planes, lines, stacked, queries, keys], two."""
+        integer, minus_infinity = BITS[dtype]
         block_kv = self.sizes.block[1]
         keys = work.edge * block_kv
-        hidden = torch.zeros((), device=b.device)
+        is_in = (work.kind != PAD).repeat_interleave(block_kv, 1) & ~is_past[:, :keys]
+        kept = -is_in[:, None, None].to(integer)
         if self.mask_mod is not None and bool((work.kind == PARTIAL).any()):
-            kept = over_indices(self.mask_mod)(b, h, q_idx, kv_idx[:, :keys])
+            by_mask = over_indices(self.mask_mod)(b, h, q_idx, kv_idx[:, :keys])
             # a mask that does not read the head is the same for all stacked heads
-            kept = kept[:, :1] if kept.stride(1) == 0 else kept
-            hidden = kept.logical_not().float()
-            hidden = hidden.view(-1, len(work.row), *hidden.shape[1:])
+            by_mask = by_mask[:, :1] if by_mask.stride(1) == 0 else by_mask
+            by_mask = by_mask.to(torch.bool).to(kept.dtype).neg_()
+            by_mask = by_mask.view(-1, len(work.row), *by_mask.shape[1:])
             if bool((work.kind == FULL).any()):
-                is_partial = (work.kind == PARTIAL).float().repeat_interleave(block_kv, 1)
-                hidden = hidden * is_partial[:, None, None]
-        outside = (work.kind == PAD).repeat_interleave(block_kv, 1) | is_past[:, :keys]
-        return hidden + outside[:, None, None].float() if bool(outside.any()) else hidden
+                is_full = -(work.kind == FULL).to(kept.dtype).repeat_interleave(block_kv, 1)
+                by_mask = by_mask | is_full[:, None, None]
+            kept = by_mask if bool(is_in.all()) else by_mask & kept
+        return kept, kept.bitwise_not().bitwise_and_(minus_infinity)
 
     def modify(self, s: Tensor, batch: Batch) -> Tensor:
         """The score_mod of natural scores [entries, stacked, queries, keys]."""
         assert self.score_mod is not None
         mod = over_indices(self.score_mod, scores=1)
-        return mod(s, batch.at.b, batch.at.h, batch.q_idx, batch.kv_idx)
+        return mod(s, batch.at.b, batch.at.h, batch.q_idx, batch.kv_idx).to(s.dtype)
 
-    def hide(self, s: Tensor, batch: Batch) -> Tensor:
-        """Sink the scores that are not kept, in place, so far down that exp2 gives 0."""
-        if batch.hidden is None:
-            return s
-        keys = batch.work.edge * self.sizes.block[1]
-        s = s.contiguous()
-        edge = s.view(-1, len(batch.work.row), *s.shape[1:])[..., :keys]
-        if self.score_mod is None:
-            edge.sub_(batch.hidden, alpha=HIDDEN)
-        else:
-            # a score_mod may give anything where the mask hides, NaN too
-            edge.masked_fill_(batch.hidden > 0, -HIDDEN)
+    def hide_(self, s: Tensor, batch: Batch, *, with_zero: bool = False) -> Tensor:
+        """Make the scores that are not kept -inf, or 0, in place, whatever they are.
+
+        By their bits: they may be NaN, and masked_fill takes 15 times as long.
+        """
+        if batch.edge is not None:
+            kept, lost = batch.edge
+            keys = batch.work.edge * self.sizes.block[1]
+            edge = s.view(-1, len(batch.work.row), *s.shape[1:])[..., :keys].view(kept.dtype)
+            edge.bitwise_and_(kept)
+            if not with_zero:
+                edge.bitwise_or_(lost)
         return s
 
     def drop_factor(self, batch: Batch, dtype: torch.dtype) -> Tensor | None:

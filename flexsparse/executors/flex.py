@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from flexsparse.dropout import Dropout
 from flexsparse.executors import flex_cpu
+from flexsparse.executors.blockwise_scores import captured_by
 from flexsparse.tensors import ScoreMod
 
 
@@ -40,15 +42,28 @@ def missing(device: torch.device) -> str | None:
 
 
 def unsupported(
-    q: Tensor, k: Tensor, v: Tensor, *, dropout: Dropout | None = None, return_lse: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    score_mod: ScoreMod | None = None,
+    dropout: Dropout | None = None,
+    return_lse: bool = False,
 ) -> str | None:
     """Why flex_attention cannot run these inputs, as a sentence, or None if it can."""
     reason = missing(q.device)
     if reason is not None:
         return reason
     if q.device.type == "cpu":
-        if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-            return "flex_attention has no backward on CPU, and an input requires a gradient"
+        if torch.is_grad_enabled():
+            if any(x.requires_grad for x in (q, k, v)):
+                return "flex_attention has no backward on CPU, and an input requires a gradient"
+            # a graph being compiled cannot tell what a score_mod reads
+            if score_mod and not torch.compiler.is_compiling() and captured_by(score_mod, q):
+                return (
+                    "flex_attention has no backward on CPU, and score_mod reads a tensor that "
+                    "requires a gradient"
+                )
         if return_lse:
             return "flex_attention returns no LSE on CPU"
         if dropout is not None:
@@ -89,45 +104,69 @@ def run(
         # A compiler above us is at work: hand it the plain operator. Inductor's CPU kernel ignores
         # the storage offset of a view made inside the graph, and fails where it would fuse with
         # what comes after it (torch 2.13): so it gets no views, and a copy seals its output.
+        score_mod = score_mod and _scaled(score_mod, None, q.device)
         if q.device.type != "cpu":
             return _attend(q, k, v, block_mask, score_mod, scale, return_lse, hints)  # type: ignore[no-any-return]
         q, k, v = (x.clone(memory_format=torch.contiguous_format) for x in (q, k, v))
         out, lse = _attend(q, k, v, block_mask, score_mod, scale, return_lse, hints)
         return _sealed(out), lse
+    if scale == q.shape[3] ** -0.5:
+        scale = None
+    if score_mod is not None or scale is not None:
+        score_mod, scale = _scaled(score_mod, scale, q.device), None if scale is None else 1.0
     arguments = (q, k, v, block_mask, score_mod, scale, return_lse, hints)
     _fix_table_lengths(block_mask.mask_mod, score_mod)
     structure = _structure(q, k, v, block_mask, score_mod, return_lse, hints)
-    is_fixed = structure in _fixed_lengths
-    key = (structure, (q.shape, k.shape, scale) if is_fixed else None)
-    kernel = _kernels.get(key)
-    try:
-        if kernel is not None:
+    while True:
+        is_fixed = structure in _fixed_lengths
+        key = (structure, (q.shape, k.shape) if is_fixed else None)
+        kernel = _kernels.get(key)
+        is_new = kernel is None
+        if kernel is None:
+            # on CPU, lengths are data from the first call on; measured as fast as fixed lengths
+            dynamic = False if is_fixed else True if q.device.type == "cpu" else None
+            kernel = _kernels[key] = _compile(dynamic, q.device)
+        # Without this, lengths that happen to be equal in a call that compiles would have to stay
+        # equal. It is set by hand: torch's context manager takes several times as long.
+        duck_shape, _symbols.use_duck_shape = _symbols.use_duck_shape, False
+        try:
             return kernel(*arguments)  # type: ignore[no-any-return]
-        # on CPU, lengths are data from the first call on; measured as fast as fixed lengths
-        dynamic = False if is_fixed else True if q.device.type == "cpu" else None
-        kernel = _kernels[key] = _compile(dynamic, q.device)
-        # without this, lengths that happen to be equal in the first call would have to stay equal
-        with torch.fx.experimental._config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
-            return kernel(*arguments)  # type: ignore[no-any-return]
-    except _GaveUpError:
-        # dynamo met its limit of recompilations for this function; a new function has a new limit
-        del _kernels[key]
-    except _compile_error():
-        # some masks and score_mods do not compile in C++ with lengths as data (torch 2.13)
-        del _kernels[key]
-        if q.device.type != "cpu" or is_fixed:
-            raise
-        _fixed_lengths.add(structure)
-    return run(
-        q,
-        k,
-        v,
-        block_mask,
-        scale=scale,
-        score_mod=score_mod,
-        kernel_options=kernel_options,
-        return_lse=return_lse,
-    )
+        except _gave_up():
+            # dynamo met its limit of recompilations for this function; a new one has a new limit
+            del _kernels[key]
+            if is_new:
+                raise
+        except _compile_error():
+            # some masks and score_mods do not compile in C++ with lengths as data (torch 2.13)
+            del _kernels[key]
+            if q.device.type != "cpu" or is_fixed:
+                raise
+            _fixed_lengths.add(structure)
+        finally:
+            _symbols.use_duck_shape = duck_shape
+
+
+def _scaled(score_mod: ScoreMod | None, scale: float | None, device: torch.device) -> ScoreMod:
+    """A score_mod, any callable, and a scale, each or none, as the function that dynamo takes."""
+    # a tensor, because a number would be compiled into the kernel
+    factor = None if scale is None else _as_tensor(scale, device)
+
+    def scaled(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        if factor is not None:
+            score = score * factor
+        if score_mod is not None:
+            score = score_mod(score, b, h, q_idx, kv_idx)
+        # inductor's C++ writes float64 to where it reads float32 (torch 2.13)
+        return score.float() if score.dtype == torch.float64 else score
+
+    return scaled
+
+
+@functools.lru_cache(maxsize=64)
+def _as_tensor(number: float, device: torch.device) -> Tensor:
+    # kept over calls, of which one in inference_mode must not make it unfit for gradients
+    with torch.inference_mode(False):
+        return torch.tensor(number, dtype=torch.float32, device=device)
 
 
 def _run_dropped(
@@ -168,12 +207,19 @@ def _(x: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
+_symbols: Any = torch.fx.experimental._config
 _kernels: dict[Any, Callable[..., Any]] = {}
 _fixed_lengths: set[Any] = set()  # structures whose kernels compile for fixed lengths alone
 
 
 class _GaveUpError(RuntimeError):
     """dynamo ran a kernel's Python body instead of compiling it, which would be dense and slow."""
+
+
+def _gave_up() -> tuple[type[Exception], ...]:
+    """What says that dynamo met its limit: of fullgraph, newer torch raises an error of its own."""
+    theirs = getattr(torch._dynamo.exc, "FailOnRecompileLimitHit", _GaveUpError)
+    return _GaveUpError, theirs
 
 
 def _attend(
@@ -199,7 +245,10 @@ def _attend(
 
 def _attend_compiled(*arguments: Any) -> Any:
     if not torch.compiler.is_compiling():
-        raise _GaveUpError
+        raise _GaveUpError(
+            "torch.compile is switched off, and without it flex_attention is dense and slow. "
+            'Switch it on, or take executor="blockwise", which compiles nothing.'
+        )
     return _attend(*arguments)
 
 
@@ -224,10 +273,38 @@ def _fix_table_lengths(*mods: Any) -> None:
     rounds lengths up to powers of 2, so that there are few.
     """
     for mod in mods:
-        for cell in getattr(mod, "__closure__", None) or ():
-            table = cell.cell_contents
+        for table in _captured(mod):
             if isinstance(table, Tensor) and not hasattr(table, "_dynamo_static_indices"):
                 torch._dynamo.mark_static(table)
+
+
+def _captured(mod: Any, seen: tuple[Any, ...] = ()) -> Iterator[Any]:
+    """What a function closes over, and what the functions among that do."""
+    for cell in getattr(mod, "__closure__", None) or ():
+        try:
+            value = cell.cell_contents
+        except ValueError:
+            continue  # not assigned yet
+        yield value
+        if isinstance(value, types.FunctionType) and value not in seen:
+            yield from _captured(value, (*seen, value))
+
+
+def _numbers_and_code(score_mod: ScoreMod | None) -> Any:
+    """What dynamo compiles into the kernel of a score_mod: all but the values of its tensors.
+
+    Each number gets a kernel of its own: one kernel for all would be compiled again at each of
+    them, and forget all at dynamo's limit.
+    """
+    if score_mod is None:
+        return None
+    return (
+        getattr(score_mod, "__code__", None),
+        *(
+            x if isinstance(x, (int, float)) else getattr(x, "__code__", type(x))
+            for x in _captured(score_mod)
+        ),
+    )
 
 
 def _structure(
@@ -241,12 +318,11 @@ def _structure(
 ) -> Any:
     """What a kernel is specialised for: the structure of the mask and never its numbers."""
     code = getattr(block_mask.mask_mod, "__code__", block_mask.mask_mod)
-    score_code = getattr(score_mod, "__code__", score_mod)
     grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     # sizes of 1 and the order of dimensions in memory are specialised by the compiler in any case
     return (
         code,
-        score_code,
+        _numbers_and_code(score_mod),
         return_lse,
         tuple(hints),
         grad,
@@ -256,6 +332,7 @@ def _structure(
         k.shape[1],
         q.shape[3],
         v.shape[3],
+        block_mask.BLOCK_SIZE,
         tuple(size == 1 for size in block_mask.kv_indices.shape),
         q.shape[0] == 1,
         q.shape[2] == 1,

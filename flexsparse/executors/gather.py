@@ -73,8 +73,9 @@ def run(
         k, v = k[:, :, keys], v[:, :, keys]
     else:
         k, v = k.index_select(2, keys), v.index_select(2, keys)
-    if not k.shape[2]:
-        return q.new_zeros(out_shape), None
     # the query heads of a kv head as its queries, so that k and v are not repeated
     q = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
+    if not k.shape[2]:
+        # sums of nothing: 0, and gradients of 0
+        return (q @ k.mT @ v).reshape(out_shape), None
     return scaled_dot_product_attention(q, k, v, scale=scale).reshape(out_shape), None

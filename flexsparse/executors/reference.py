@@ -47,11 +47,14 @@ def run(
         for dim, n in enumerate(scores.shape)
     )
     if score_mod is not None:
-        scores = score_mod(scores, b, h, q_idx, kv_idx)
+        scores = score_mod(scores, b, h, q_idx, kv_idx).to(dtype)
     scores = scores.masked_fill(~mask_mod(b, h, q_idx, kv_idx), -math.inf)
     lse = scores.logsumexp(-1)
-    # rows without a key: exp(-inf - 0) = 0, where -inf - -inf would be NaN
-    weights = (scores - lse.masked_fill(lse == -math.inf, 0)[..., None]).exp()
+    # by the maximum: exp(scores - lse) does not add up to 1 where scores are large and lse rounded
+    top = scores.detach().amax(-1, keepdim=True)
+    # rows without a key: exp(-inf - 0) = 0, where -inf - -inf would be NaN, and 0 / 1 = 0
+    weights = (scores - top.masked_fill(top == -math.inf, 0)).exp()
+    weights = weights / weights.sum(-1, keepdim=True).masked_fill(top == -math.inf, 1)
     if dropout is not None:
         weights = weights * dropout.kept(b, h, q_idx, kv_idx) / (1 - dropout.p)
     return (weights @ values).to(q.dtype), lse.float()
