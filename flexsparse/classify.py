@@ -169,19 +169,10 @@ def classify(mask: Mask, grid: Grid) -> BlockClasses:
 def interval_reading(mask: Mask) -> dict[str, Any]:
     """INTERVAL_READING with the tables of this mask behind pyramids."""
     pyramids: dict[int, Pyramid] = {}
-    ranged_step: list[bool] = []
-    ranged_of: dict[int, list[bool]] = {}
-    for op, operands, payload, _ in mask.steps:
-        ranged = [ranged_step[i] for i in operands]
-        ranged_step.append(op in ("q_idx", "kv_idx") or any(ranged))
-        if isinstance(payload, Table):
-            # one table may be read in several ways; ranging over a dimension is right for them all
-            others = ranged_of.get(id(payload), ranged)
-            ranged_of[id(payload)] = [x or y for x, y in zip(ranged, others, strict=True)]
 
     def lookup(table: Table, *indices: Interval | None) -> Any:
         if id(table) not in pyramids:
-            pyramids[id(table)] = Pyramid(table.tensor, tuple(ranged_of[id(table)]))
+            pyramids[id(table)] = Pyramid(table.tensor)
         return INTERVAL_READING["lookup"](pyramids[id(table)], *indices)
 
     return {**INTERVAL_READING, "lookup": lookup}

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from oracles import dense, dense_classes, grids, indices, masks, painted
 
-from flexsparse import b, h, kv_idx, lookup, q_idx
+from flexsparse import b, from_mask_mod, h, kv_idx, lookup, q_idx
 from flexsparse.classify import CELLS_TO_BEGIN_WITH, Grid, classify
 from flexsparse.expr import VARIABLES, Mask, evaluate
 from flexsparse.masks import causal, full, sink, window
@@ -100,6 +100,23 @@ def test_a_table_that_cancels_itself_is_settled_by_looking():
     classes = classify(same & causal, Grid(512, 512, 0, (128, 128), 1, (0,)))
     assert torch.equal(painted(classes), painted(classify(causal, classes.grid)))
     assert classes.evaluated > 0
+
+
+HEADS = {
+    "bits": lambda h: (0b1010 >> h) & 1,
+    "power": lambda h: (2**h) % 5,
+    "wide remainder": lambda h: (h * 636413622384679 + 7) % 8,
+    "narrow": lambda h: ((h.to(torch.int8) * 100).long() + 128) % 256,
+}
+
+
+@pytest.mark.parametrize("row", HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize("of_batch", [False, True])
+def test_a_table_read_at_a_function_of_the_head(row, of_batch):
+    table = torch.arange(256) * 90 % 400
+    mask = from_mask_mod(lambda b, h, q, k: k <= q - table[row(b if of_batch else h)])
+    grid = Grid(256, 256, 0, (64, 64), *((4, (0,)) if of_batch else (1, (0, 1, 2, 3))))
+    assert torch.equal(painted(classify(mask, grid)), dense_classes(dense(mask, grid), (64, 64)))
 
 
 def test_constant_masks():
