@@ -19,6 +19,7 @@ from flexsparse.interval import INTERVAL_READING, Interval, Truth
 from flexsparse.pyramid import Pyramid
 from flexsparse.rectangles import Rectangles
 from flexsparse.tensors import Table
+from flexsparse.whole import loosely_truncated
 
 SPLIT = 4  # a cell is split into SPLIT x SPLIT
 CELLS_TO_BEGIN_WITH = 1 << 8  # of each plane; so many take hardly longer than one
@@ -136,7 +137,7 @@ def classify(mask: Mask, grid: Grid) -> BlockClasses:
     A ragged last block is at most PARTIAL, as in torch's create_block_mask.
     Cost: the boundary of the mask in blocks, times its steps; no [q_len, kv_len] tensor is made.
     """
-    reading = interval_reading(mask)
+    reading = interval_reading(mask, grid)
     side = 1
     while -(-grid.rows // side) * -(-grid.columns // side) > CELLS_TO_BEGIN_WITH:
         side *= SPLIT
@@ -166,8 +167,8 @@ def classify(mask: Mask, grid: Grid) -> BlockClasses:
     return BlockClasses(grid, Rectangles.joined([*partial, ragged]), whole, evaluated)
 
 
-def interval_reading(mask: Mask) -> dict[str, Any]:
-    """INTERVAL_READING with the tables of this mask behind pyramids."""
+def interval_reading(mask: Mask, grid: Grid) -> dict[str, Any]:
+    """INTERVAL_READING for the cells of a grid, with the tables of this mask behind pyramids."""
     pyramids: dict[int, Pyramid] = {}
 
     def lookup(table: Table, *indices: Interval | None) -> Any:
@@ -175,7 +176,10 @@ def interval_reading(mask: Mask) -> dict[str, Any]:
             pyramids[id(table)] = Pyramid(table.tensor)
         return INTERVAL_READING["lookup"](pyramids[id(table)], *indices)
 
-    return {**INTERVAL_READING, "lookup": lookup}
+    reading = {**INTERVAL_READING, "lookup": lookup}
+    if loosely_truncated(mask, grid):
+        reading["truncate"] = lambda *_: None
+    return reading
 
 
 def bound_cells(

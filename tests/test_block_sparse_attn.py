@@ -172,7 +172,7 @@ def analyses(monkeypatch):
 
     made = []
     reading = classify.interval_reading
-    monkeypatch.setattr(classify, "interval_reading", lambda m: made.append(m) or reading(m))
+    monkeypatch.setattr(classify, "interval_reading", lambda *a: made.append(a) or reading(*a))
     return made
 
 

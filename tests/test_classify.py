@@ -10,6 +10,7 @@ from flexsparse.masks import causal, full, sink, window
 from flexsparse.rectangles import Rectangles
 from flexsparse.tensors import TENSOR_READING
 from flexsparse.validate import find, problem
+from flexsparse.whole import leaves_int64, whole_bounds
 
 CPU = torch.device("cpu")
 
@@ -26,11 +27,10 @@ def test_empty_and_full_are_proofs(mask, grid):
 @settings(max_examples=150)
 @given(indices, grids)
 def test_an_interval_holds_every_value(index, grid):
-    from flexsparse.validate import whole_bounds
-
-    (lo, hi) = [bounds for _, bounds in whole_bounds(index, grid)][-1]
-    if max(abs(lo), abs(hi)) > 2**61:
+    every = list(whole_bounds(index, grid))
+    if any(leaves_int64(*found) for found in every):
         return
+    lo, hi = every[-1][1]
     places = dense_index(index, grid)
     assert lo <= int(places.min())
     assert int(places.max()) <= hi
@@ -117,6 +117,13 @@ def test_a_table_read_at_a_function_of_the_head(row, of_batch):
     mask = from_mask_mod(lambda b, h, q, k: k <= q - table[row(b if of_batch else h)])
     grid = Grid(256, 256, 0, (64, 64), *((4, (0,)) if of_batch else (1, (0, 1, 2, 3))))
     assert torch.equal(painted(classify(mask, grid)), dense_classes(dense(mask, grid), (64, 64)))
+
+
+def test_a_float_that_may_be_anything_somewhere_overflows_nowhere():
+    # divided by 0 where q is 40, and up to 2**61 elsewhere, which the product wraps round
+    mask = from_mask_mod(lambda b, h, q, k: (k * 1e17 / (q - 40)).long() * 1000003 > 0)
+    grid = Grid(1024, 1024, 0, (16, 16), 1, (0,))
+    assert torch.equal(painted(classify(mask, grid)), dense_classes(dense(mask, grid), (16, 16)))
 
 
 def test_constant_masks():

@@ -328,6 +328,11 @@ COMPILE_MISTAKES = [
         lambda: compile_mask(q_idx * q_idx * q_idx * q_idx < 9, 1 << 20, 8),
         "may leave int64 at these lengths",
     ),
+    (
+        lambda: compile_mask(fs.bit_or(q_idx, 0) * 2**59 * (kv_idx + 1) > 0, 512, 512),
+        "may leave int64 at these lengths",
+    ),
+    (lambda: compile_mask(fs.bit_or(q_idx * 2**60, 1) > 0, 512, 512), "may leave int64"),
 ]
 
 
