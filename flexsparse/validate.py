@@ -82,8 +82,8 @@ def _suspicions(mask: Mask, grid: Grid) -> Iterator[tuple[Mask, str]]:
                     reach = "may be anything"
                     if about is not None:
                         reach = f"reaches from {about.lo} to {about.hi}"
-                    below = about is not None and about.lo < 0
-                    negative = " (negative positions come from q_offset < 0)" if below else ""
+                    below = about is not None and about.lo < 0 and grid.q_offset < 0
+                    negative = " (positions below 0 come from q_offset < 0)" if below else ""
                     yield (
                         (index < 0) | (index >= size),
                         f"The table {node.payload!r} is read out of range: dimension {dim} has "
@@ -95,6 +95,15 @@ def _suspicions(mask: Mask, grid: Grid) -> Iterator[tuple[Mask, str]]:
 
 def find(mask: Mask, grid: Grid) -> tuple[int, int, int, int] | None:
     """The first place (b, h, q_idx, kv_idx) of the grid where a mask is true, or None."""
+    # the mask is the same along what it does not read, where one place stands for all
+    if "q_idx" not in mask.variables:
+        grid = grid._replace(q_len=1, block_size=(1, grid.block_size[1]))
+    if "kv_idx" not in mask.variables:
+        grid = grid._replace(kv_len=1, block_size=(grid.block_size[0], 1))
+    if "b" not in mask.variables:
+        grid = grid._replace(batch=1)
+    if "h" not in mask.variables:
+        grid = grid._replace(heads=grid.heads[:1])
     classes = classify(mask, grid)
     for rectangles in (classes.full, classes.partial):
         if not len(rectangles.plane):

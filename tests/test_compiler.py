@@ -321,7 +321,11 @@ COMPILE_MISTAKES = [
     ),
     (
         lambda: compile_mask(lookup(torch.arange(8), q_idx) < 3, 8, 4),
-        "negative positions come from q_offset < 0",
+        "positions below 0 come from q_offset < 0",
+    ),
+    (
+        lambda: compile_mask(lookup(torch.arange(8), q_idx - 3) < 3, 8, 8),
+        r"q_idx - 3 reaches from -3 to 4\. Make the table longer, or bound the index",
     ),
     (lambda: compile_mask(q_idx // (kv_idx - 3) < 1, 8, 8), "divisor of .* is 0 at .*kv_idx=3"),
     (
