@@ -42,6 +42,12 @@ class PerHead:
         which = lookup(torch.tensor(self.which, device=device), h)
         result: Mask | None = None
         for place, mask in enumerate(self.distinct):
+            if "h" in mask.variables:
+                # kernels evaluate every mask at every head, and at heads that are not its own it
+                # may divide by 0 or read outside its tables: there it is read at its first head
+                own = self.heads_of(place)
+                heads = [head if i == place else own[0] for head, i in enumerate(self.which)]
+                mask = mask.at(h=lookup(torch.tensor(heads, device=device), h))
             part = which.equals(place) & mask
             result = part if result is None else result | part
         assert result is not None

@@ -212,6 +212,22 @@ def test_no_batch_rows_give_none():
     ]
 
 
+@pytest.mark.parametrize(
+    "own",
+    [[q_idx // (2 - h) >= kv_idx] * 2, [q_idx - kv_idx < lookup(torch.arange(17) * 10, h)] * 17],
+    ids=["divisor", "table"],
+)
+def test_the_block_mask_reads_each_mask_at_its_own_heads(own):
+    heads = per_head([*own, *[causal] * 20])
+    mod = compile_mask(heads, 256, 256, device="cpu").block_mask.mask_mod
+    q, kv = torch.arange(256)[:, None], torch.arange(256)
+    for head in range(heads.n_heads):
+        assert torch.equal(
+            mod(torch.tensor(0), torch.tensor(head), q, kv),
+            heads[head](torch.tensor(0), torch.tensor(head), q, kv),
+        )
+
+
 def test_the_block_mask_works_with_plain_flex_attention():
     from torch.nn.attention.flex_attention import flex_attention
 
