@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.nn.attention.flex_attention import BlockMask
 
 from flexsparse import report
@@ -236,7 +237,14 @@ class CompiledMask:
 
         Shape [batch or 1, n_heads or 1, q_len, kv_len]: heads have lists of their own only where
         their masks differ. Its mask_mod is exact for every element.
+
+        Raises:
+            MaskError: a table of the mask was written to since.
         """
+        for table in self.tables:
+            # a graph being compiled knows no versions of tensors
+            if not is_compiling() and table.stale:
+                raise MaskError(table.stale)
         if self._block_mask is None:
             self._block_mask = self._write_block_mask()
         return self._block_mask

@@ -47,6 +47,9 @@ def create_block_mask(
     One difference, on purpose: a mask that reads h with H=None (or b with B=None) is an error here,
     where torch takes the blocks of head 0 for all heads.
 
+    Make it anew after a write to a tensor that the function captures: the blocks do not follow, here
+    as in torch, and the mask_mod, which does in torch, need not.
+
     Args:
         mask_mod: a mask_mod function, or a Mask.
         B: batch rows; None where the mask is the same for all.

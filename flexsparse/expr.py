@@ -352,6 +352,8 @@ class Mask(Expr):
         def moved(node: Expr, args: tuple[Expr, ...]) -> Expr:
             payload = node.payload
             if isinstance(payload, Table):
+                if payload.stale:
+                    raise MaskError(payload.stale)
                 payload = Table(payload.tensor.to(device))
             return replace(node, args=args, payload=payload)
 
@@ -473,7 +475,9 @@ def lookup(table: Tensor, *indices: Index | int) -> Any:
 
     Args:
         table: an integer or boolean tensor of 0 to 4 dimensions; it is kept, not copied, and must
-            not be written to afterwards (running the mask then raises).
+            not be written to afterwards (running the mask then raises). A write through table.data
+            cannot be noticed, nor any by a function that torch.compile made of yours: it runs on
+            with the old entries. A tensor made in inference_mode is copied.
         indices: one index expression for each dimension. Out of range is an error when compiling.
     """
     if not isinstance(table, Tensor):

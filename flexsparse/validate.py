@@ -27,11 +27,8 @@ def problem(mask: Mask, grid: Grid, device: torch.device | None) -> str | None:
                 f"{device}. Compile mask.to({str(device)!r}), or compile with "
                 f"device={str(table.tensor.device)!r}."
             )
-        if table.changed:
-            return (
-                f"The table {table!r} was written to after the mask was made from it. "
-                "Make the mask again from the new values, or from a clone."
-            )
+        if table.stale:
+            return table.stale
     for broken, sentence in _suspicions(mask, grid):
         place = find(broken, grid)
         if place is not None:

@@ -412,6 +412,29 @@ def test_a_table_changed_after_compiling_is_refused():
     ids[3] = 1
     with pytest.raises(MaskError, match="written to after it was compiled"):
         attend(*inputs(64, 64))
+    mask = attend.masks[0]
+    for use in (
+        lambda: attend.block_mask,
+        lambda: attend.at(64, 64),
+        lambda: attend.row(5),
+        lambda: pickle.dumps(attend),
+        lambda: pickle.dumps(mask),
+        lambda: mask.to("cpu"),
+    ):
+        with pytest.raises(MaskError, match="written to after the mask was made"):
+            use()
+
+
+def test_what_is_written_in_inference_mode_does_not_reach_a_mask():
+    with torch.inference_mode():
+        ids = torch.zeros(64, dtype=torch.int64)
+        mask = lookup(ids, q_idx).equals(lookup(ids, kv_idx))
+        traced = fs.from_mask_mod(lambda b, h, q, k: ids[q] == ids.view(8, 8)[k // 8, k % 8])
+        ids[32:] = 1
+    for unchanged in (mask, traced):
+        q, k, v = inputs(64, 64)
+        out = compile_mask(unchanged, 64, 64)(q, k, v, executor="reference")
+        torch.testing.assert_close(out, scaled_dot_product_attention(q, k, v))
 
 
 def test_the_report_says_what_was_decided():

@@ -414,6 +414,17 @@ def test_in_a_compiled_model_the_analysis_is_not_traced():
     assert dkernel_call._plan.cache_info().misses == misses
 
 
+def test_a_pattern_made_in_inference_mode_may_be_written_to():
+    with torch.inference_mode():
+        module = SparseAttention(16, torch.ones(4, 4).tril().bool())
+        q, k, v = torch.randn(3, 1, 64, 2, 16)
+        module(q, k, v)
+        module.sparse_pattern[3, 0] = False
+        out = module(q, k, v)
+        again = SparseAttention(16, module.sparse_pattern.clone())
+        assert torch.equal(out, again(q, k, v))
+
+
 def test_a_pattern_may_be_written_to():
     module, given = SparseAttention(BLOCK, random_pattern(8, 8)), inputs(1, 100, 100, 2, 2)
     module(*given)
