@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
 import torch
 from torch import Tensor
 
-from flexsparse.arguments import usable_device
+from flexsparse.arguments import INT_LIMIT, usable_device
 from flexsparse.errors import MaskError
 from flexsparse.tensors import READABLE, TENSOR_READING, Opaque, Table
 from flexsparse.walks import postorder, rewritten
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from flexsparse.explanation import Explanation
 
 VARIABLES = ("b", "h", "q_idx", "kv_idx")
-INT_LIMIT = 2**61  # constants beyond this could overflow int64 in the analysis
 INT32_MAX = 2**31 - 1  # kernels count in int32
 
 Value = TypeVar("Value")

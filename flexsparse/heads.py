@@ -91,6 +91,21 @@ def per_head(masks: Sequence[Mask]) -> PerHead:
     return PerHead(distinct, tuple(places[mask] for mask in masks))
 
 
+def not_a_mask(mask: object) -> str | None:
+    """What was given where a Mask or a PerHead is wanted, and the fix; None if it is one."""
+    if isinstance(mask, (Mask, PerHead)):
+        return None
+    if isinstance(mask, (bool, int)):
+        fix = "`==` compares the expressions themselves; write a.equals(b) for the mask."
+    elif isinstance(mask, (list, tuple)):
+        fix = "Wrap the list: per_head(masks)."
+    elif callable(mask):
+        fix = "Call the pattern first, or make a Mask of a mask_mod function with from_mask_mod."
+    else:
+        fix = "Build one from q_idx and kv_idx, or take one from flexsparse.masks."
+    return f"{type(mask).__name__}. {fix}"
+
+
 def head_ranges(heads: Sequence[int]) -> str:
     """Heads as text: 'heads 0-7, 9'."""
     runs: list[list[int]] = []

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from flexsparse.expr import INT_LIMIT, VARIABLES, Expr, Index, Mask
+from flexsparse.arguments import INT_LIMIT
+from flexsparse.expr import VARIABLES, Expr, Index, Mask
 from flexsparse.interval import INTERVAL_READING, Interval, table_bounds
 from flexsparse.tensors import Table
 from flexsparse.walks import postorder

@@ -315,12 +315,28 @@ def _messages(argument):
 COMPILE_MISTAKES = [
     (lambda: compile_mask(causal, 8, 8, n_heads="4"), "n_heads='4'"),
     (lambda: compile_mask(causal, 8, 8, n_heads=-1), "n_heads=-1"),
-    (lambda: compile_mask([causal], 8, 8), r"compile_mask\(per_head\(masks\)"),
     (lambda: compile_mask(window, 8, 8), "Call the pattern first"),
     (lambda: compile_mask("causal", 8, 8), "not str"),
     (lambda: compile_mask(causal, 0, 8), "q_len=0"),
     (lambda: compile_mask(causal, 8, 8.0), r"kv_len=8\.0"),
     (lambda: compile_mask(causal, 8, 8, q_offset=0.5), r"q_offset=0\.5"),
+    (
+        lambda: compile_mask([causal], 8, 8),
+        r"compile_mask takes a Mask .*, not list. Wrap the list",
+    ),
+    (lambda: compile_mask(causal, 8, 8, q_offset=2**70), r"positions must be within 2\*\*61"),
+    (lambda: compile_mask(causal, 8, 8).row(10**30), "row: position=1000.*must be within"),
+    (lambda: compile_mask(causal, 8, 8).at(8, 8, 10**30), "q_offset=1000.*must be within"),
+    *[
+        (lambda size=size, door=door: door(size), r"(?i)block_size=.*; it must be an int of 1 to")
+        for size in (0, -1, 5.0, None, True, 2**70, "64", (64, 0), torch.tensor(64))
+        for door in (
+            lambda size: compile_mask(causal, 8, 8, block_size=size),
+            lambda size: fs.create_block_mask(causal, None, None, 8, 8, "cpu", size),
+            lambda size: fs.diff(causal, full, 8, 8, block_size=size),
+            lambda size: fs.draw(causal, 8, block_size=(0, 1) if size is None else size),
+        )
+    ],
     (lambda: compile_mask(causal, 8, 8, block_size=0), "block_size=0"),
     (lambda: compile_mask(causal, 8, 8, block_size=(1, 2, 3)), r"block_size=\(1, 2, 3\)"),
     (lambda: compile_mask(causal, 8, 8, device="nowhere"), "device='nowhere' cannot be used"),
@@ -455,6 +471,16 @@ def test_the_reference_is_differentiable_in_float64():
     attend = compile_mask(causal & window(4), 5, 7)
     mod = attend.block_mask.mask_mod
     assert torch.autograd.gradcheck(lambda *x: reference.run(*x, mod)[0], (q, k, v))
+
+
+def test_a_block_size_may_be_an_integer_of_numpy():
+    import numpy as np
+
+    size = np.int64(64)
+    compiled = compile_mask(causal, 200, 200, block_size=size)
+    assert compiled.block_size == (64, 64)
+    assert type(compiled.block_mask.BLOCK_SIZE[0]) is int
+    assert fs.create_block_mask(causal, None, None, 9, 9, "cpu", (size, 32)).BLOCK_SIZE == (64, 32)
 
 
 def test_public_names_are_documented():

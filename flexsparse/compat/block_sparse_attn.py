@@ -233,7 +233,7 @@ def _attend(
     in_blocks = BLOCK_SPARSE in types or (STREAMING in types and not exact_streaming)
     positions = first_positions(None, sizes.q, sizes.kv)
     plan = plan_of_lengths(
-        PlanKey(mask, sizes.q, sizes.kv, positions, n_heads, device, 128, in_blocks)
+        PlanKey(mask, sizes.q, sizes.kv, positions, n_heads, device, (128, 128), in_blocks)
     )
     seed = fresh_seed() if p_dropout else None
     result = plan(
