@@ -245,8 +245,10 @@ def _settle(mask: Mask, grid: Grid, cells: list[Tensor]) -> tuple[list[Tensor], 
     Returns:
         Those that are PARTIAL, those that are FULL, and how many were evaluated element by element.
     """
-    q_all, kv_all = (torch.arange(n) for n in grid.block_size)
-    q_few, kv_few = (torch.tensor(sorted({0, 1 % n, n // 2, n - 1})) for n in grid.block_size)
+    # a block may be far longer than what it holds
+    sizes = [min(n) for n in zip(grid.block_size, (grid.q_len, grid.kv_len), strict=True)]
+    q_all, kv_all = (torch.arange(n) for n in sizes)
+    q_few, kv_few = (torch.tensor(sorted({0, 1 % n, n // 2, n - 1})) for n in sizes)
     # then the border, which every line, stripe or diagonal through the block crosses
     looks = [(q_few, kv_few), (q_all[:: max(1, len(q_all) - 1)], kv_all)]
     looks += [(q_all, kv_all[:: max(1, len(kv_all) - 1)]), (q_all, kv_all)]

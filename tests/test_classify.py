@@ -97,6 +97,12 @@ def test_a_ragged_last_block_is_at_most_partial():
     assert painted(classes)[0, 0].tolist() == [[2, 2, 1], [1, 1, 1]]
 
 
+def test_a_block_may_be_far_longer_than_the_tokens():
+    mask = q_idx.equals(37) & kv_idx.equals(85)
+    classes = classify(mask, Grid(100, 100, 0, (2**30, 2**30), 1, (0,)))
+    assert painted(classes)[0, 0].tolist() == [[1]]
+
+
 def test_blocks_without_witnesses_are_evaluated():
     # the one true element of block (0, 0) lies where no witness looks
     mask = q_idx.equals(37) & kv_idx.equals(85)
