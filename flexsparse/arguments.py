@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from flexsparse.errors import MaskError
 
 LONGEST = 2**31 - 1  # tokens or batch rows: kernels count in int32
+INT_LIMIT = 2**61  # constants and positions beyond this could overflow int64 in the analysis
 MOST_HEADS = 2**16  # each is looked at by itself
 
 
@@ -20,6 +23,30 @@ def check_size(name: str, n: Any, most: int, *, optional: bool = False) -> None:
         raise MaskError(f"{name}={n!r}; it must be an int of 1 or more{', or None' * optional}.")
     if n > most:
         raise MaskError(f"{name}={n}; it must be at most {most:,}.")
+
+
+def check_position(name: str, position: Any, what: str, *, optional: bool = False) -> None:
+    """Refuse what is not an int within int64; `what` says what stands at that position."""
+    if position is None and optional:
+        return
+    if not isinstance(position, int) or isinstance(position, bool):
+        raise MaskError(f"{name}={position!r}; it must be an int, the position of {what}.")
+    if abs(position) >= INT_LIMIT:
+        raise MaskError(f"{name}={position}; positions must be within 2**61.")
+
+
+def block_sizes(name: str, given: Any) -> tuple[int, int]:
+    """A block size, or a pair of them, as (tokens of queries, tokens of keys)."""
+    pair = tuple(given) if isinstance(given, (tuple, list)) else (given, given)
+    # integers of numpy as well, and no tensors, whose values may be on a device
+    is_whole = (hasattr(n, "__index__") and not isinstance(n, (bool, Tensor)) for n in pair)
+    if all(is_whole) and len(pair) == 2:
+        q_size, kv_size = map(operator.index, pair)
+        if min(q_size, kv_size) >= 1 and max(q_size, kv_size) <= LONGEST:
+            return q_size, kv_size
+    raise MaskError(
+        f"{name}={given!r}; it must be an int of 1 to {LONGEST:,}, or a pair (of queries, of keys)."
+    )
 
 
 def usable_device(device: torch.device | str) -> torch.device:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from flexsparse.arguments import LONGEST, MOST_HEADS, check_size
+from flexsparse.arguments import LONGEST, MOST_HEADS, check_position, check_size
 from flexsparse.classify import Grid
 from flexsparse.errors import MaskError
 from flexsparse.expr import Mask
-from flexsparse.heads import PerHead
+from flexsparse.heads import PerHead, not_a_mask
 from flexsparse.text import shown
 
 
@@ -40,13 +40,10 @@ def cases(
     check_size(f"{verb}: kv_len", kv_len, LONGEST)
     check_size(f"{verb}: batch", batch, LONGEST, optional=True)
     check_size(f"{verb}: n_heads", n_heads, MOST_HEADS, optional=True)
-    if q_offset is not None and (not isinstance(q_offset, int) or isinstance(q_offset, bool)):
-        raise MaskError(f"{verb}: q_offset={q_offset!r}; it must be an int, the position of row 0.")
-    if not isinstance(mask, (Mask, PerHead)):
-        raise MaskError(
-            f"{verb} takes a Mask or per_head([...]), not {type(mask).__name__}. Call the pattern "
-            "first, or make a Mask of a mask_mod function with from_mask_mod."
-        )
+    check_position(f"{verb}: q_offset", q_offset, "query row 0", optional=True)
+    reason = not_a_mask(mask)
+    if reason is not None:
+        raise MaskError(f"{verb} takes a Mask or per_head([...]), not {reason}")
     if isinstance(mask, PerHead) and n_heads not in (None, mask.n_heads):
         raise MaskError(
             f"{verb}: per_head got {mask.n_heads} masks but n_heads={n_heads}. Give one mask for "

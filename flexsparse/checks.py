@@ -13,7 +13,8 @@ from flexsparse.expr import Mask
 from flexsparse.gaps import Ranges, empty_rows, unseen_keys
 from flexsparse.heads import PerHead, counted
 from flexsparse.text import shorten, shown
-from flexsparse.validate import leaves_int32, problem, whole_bounds
+from flexsparse.validate import leaves_int32, problem
+from flexsparse.whole import whole_bounds
 
 RANGES_SHOWN = 6
 TEXT_WIDTH = 72

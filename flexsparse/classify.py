@@ -19,6 +19,7 @@ from flexsparse.interval import INTERVAL_READING, Interval, Truth
 from flexsparse.pyramid import Pyramid
 from flexsparse.rectangles import Rectangles
 from flexsparse.tensors import Table
+from flexsparse.whole import loosely_truncated
 
 SPLIT = 4  # a cell is split into SPLIT x SPLIT
 CELLS_TO_BEGIN_WITH = 1 << 8  # of each plane; so many take hardly longer than one
@@ -136,7 +137,7 @@ def classify(mask: Mask, grid: Grid) -> BlockClasses:
     A ragged last block is at most PARTIAL, as in torch's create_block_mask.
     Cost: the boundary of the mask in blocks, times its steps; no [q_len, kv_len] tensor is made.
     """
-    reading = interval_reading(mask)
+    reading = interval_reading(mask, grid)
     side = 1
     while -(-grid.rows // side) * -(-grid.columns // side) > CELLS_TO_BEGIN_WITH:
         side *= SPLIT
@@ -166,25 +167,19 @@ def classify(mask: Mask, grid: Grid) -> BlockClasses:
     return BlockClasses(grid, Rectangles.joined([*partial, ragged]), whole, evaluated)
 
 
-def interval_reading(mask: Mask) -> dict[str, Any]:
-    """INTERVAL_READING with the tables of this mask behind pyramids."""
+def interval_reading(mask: Mask, grid: Grid) -> dict[str, Any]:
+    """INTERVAL_READING for the cells of a grid, with the tables of this mask behind pyramids."""
     pyramids: dict[int, Pyramid] = {}
-    ranged_step: list[bool] = []
-    ranged_of: dict[int, list[bool]] = {}
-    for op, operands, payload, _ in mask.steps:
-        ranged = [ranged_step[i] for i in operands]
-        ranged_step.append(op in ("q_idx", "kv_idx") or any(ranged))
-        if isinstance(payload, Table):
-            # one table may be read in several ways; ranging over a dimension is right for them all
-            others = ranged_of.get(id(payload), ranged)
-            ranged_of[id(payload)] = [x or y for x, y in zip(ranged, others, strict=True)]
 
     def lookup(table: Table, *indices: Interval | None) -> Any:
         if id(table) not in pyramids:
-            pyramids[id(table)] = Pyramid(table.tensor, tuple(ranged_of[id(table)]))
+            pyramids[id(table)] = Pyramid(table.tensor)
         return INTERVAL_READING["lookup"](pyramids[id(table)], *indices)
 
-    return {**INTERVAL_READING, "lookup": lookup}
+    reading = {**INTERVAL_READING, "lookup": lookup}
+    if loosely_truncated(mask, grid):
+        reading["truncate"] = lambda *_: None
+    return reading
 
 
 def bound_cells(
@@ -250,8 +245,10 @@ def _settle(mask: Mask, grid: Grid, cells: list[Tensor]) -> tuple[list[Tensor], 
     Returns:
         Those that are PARTIAL, those that are FULL, and how many were evaluated element by element.
     """
-    q_all, kv_all = (torch.arange(n) for n in grid.block_size)
-    q_few, kv_few = (torch.tensor(sorted({0, 1 % n, n // 2, n - 1})) for n in grid.block_size)
+    # a block may be far longer than what it holds
+    sizes = [min(n) for n in zip(grid.block_size, (grid.q_len, grid.kv_len), strict=True)]
+    q_all, kv_all = (torch.arange(n) for n in sizes)
+    q_few, kv_few = (torch.tensor(sorted({0, 1 % n, n // 2, n - 1})) for n in sizes)
     # then the border, which every line, stripe or diagonal through the block crosses
     looks = [(q_few, kv_few), (q_all[:: max(1, len(q_all) - 1)], kv_all)]
     looks += [(q_all, kv_all[:: max(1, len(kv_all) - 1)]), (q_all, kv_all)]

@@ -9,10 +9,18 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.nn.attention.flex_attention import BlockMask
 
 from flexsparse import report
-from flexsparse.arguments import LONGEST, MOST_HEADS, check_size, usable_device
+from flexsparse.arguments import (
+    LONGEST,
+    MOST_HEADS,
+    block_sizes,
+    check_position,
+    check_size,
+    usable_device,
+)
 from flexsparse.blocks import block_mask, write_kept_blocks
 from flexsparse.classify import BlockClasses, Grid
 from flexsparse.cost import Cost
@@ -22,7 +30,7 @@ from flexsparse.dropout import Dropout
 from flexsparse.errors import MaskError
 from flexsparse.expr import Mask
 from flexsparse.grouping import launches
-from flexsparse.heads import PerHead
+from flexsparse.heads import PerHead, not_a_mask
 from flexsparse.inputs import mismatch
 from flexsparse.launch import Launch
 from flexsparse.lower import LoweredMask
@@ -72,11 +80,10 @@ def compile_mask(
     check_size("kv_len", kv_len, LONGEST)
     check_size("batch", batch, LONGEST, optional=True)
     check_size("n_heads", n_heads, MOST_HEADS, optional=True)
-    if q_offset is not None and (not isinstance(q_offset, int) or isinstance(q_offset, bool)):
-        raise MaskError(f"q_offset={q_offset!r}; it must be an int, the position of query row 0.")
+    check_position("q_offset", q_offset, "query row 0", optional=True)
     masks = _as_per_head(mask, n_heads)
     n_heads = masks.n_heads if isinstance(mask, PerHead) else n_heads
-    blocks = _block_size(block_size)
+    blocks = block_sizes("block_size", block_size)
     offset = kv_len - q_len if q_offset is None else q_offset
     place = _device(masks, device)
 
@@ -205,10 +212,9 @@ class CompiledMask:
             position: of the query, in tokens.
 
         Raises:
-            MaskError: position is not an int.
+            MaskError: position is not an int, or too large.
         """
-        if not isinstance(position, int) or isinstance(position, bool):
-            raise MaskError(f"row({position!r}): position must be an int, of the query in tokens.")
+        check_position("row: position", position, "the query")
         place = position - self.q_offset
         if not 0 <= place < self.q_len:
             return self.at(1, self.kv_len, position)
@@ -238,7 +244,14 @@ class CompiledMask:
 
         Shape [batch or 1, n_heads or 1, q_len, kv_len]: heads have lists of their own only where
         their masks differ. Its mask_mod is exact for every element.
+
+        Raises:
+            MaskError: a table of the mask was written to since.
         """
+        for table in self.tables:
+            # a graph being compiled knows no versions of tensors
+            if not is_compiling() and table.stale:
+                raise MaskError(table.stale)
         if self._block_mask is None:
             self._block_mask = self._write_block_mask()
         return self._block_mask
@@ -309,30 +322,10 @@ def _as_per_head(mask: Mask | PerHead, n_heads: int | None) -> PerHead:
                 "query head, or leave n_heads out."
             )
         return mask
-    if isinstance(mask, Mask):
-        return PerHead((mask,), (0,) * (n_heads or 1))
-    if isinstance(mask, (bool, int)):
-        fix = "`==` compares the expressions themselves; write a.equals(b) for the mask."
-    elif isinstance(mask, (list, tuple)):
-        fix = "Wrap the list: compile_mask(per_head(masks), ...)."
-    elif callable(mask):
-        fix = "Call the pattern first, or make a Mask of a mask_mod function with from_mask_mod."
-    else:
-        fix = "Build one from q_idx and kv_idx, or take one from flexsparse.masks."
-    raise MaskError(
-        f"compile_mask takes a Mask or per_head([...]), not {type(mask).__name__}. {fix}"
-    )
-
-
-def _block_size(block_size: int | tuple[int, int]) -> tuple[int, int]:
-    sizes = (block_size, block_size) if isinstance(block_size, int) else tuple(block_size)
-    if len(sizes) != 2 or any(
-        not isinstance(n, int) or isinstance(n, bool) or n < 1 for n in sizes
-    ):
-        raise MaskError(
-            f"block_size={block_size!r}; it must be an int of 1 or more, or (of queries, of keys)."
-        )
-    return sizes[0], sizes[1]
+    reason = not_a_mask(mask)
+    if reason is not None:
+        raise MaskError(f"compile_mask takes a Mask or per_head([...]), not {reason}")
+    return PerHead((mask,), (0,) * (n_heads or 1))
 
 
 def _device(masks: PerHead, device: torch.device | str | None) -> torch.device:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexsparse.arguments import check_position
 from flexsparse.errors import MaskError
 
 
@@ -31,6 +32,8 @@ def lengths(
             raise MaskError(
                 f"{name} is {found}; it must be an int32 or int64 tensor [sequences + 1]."
             )
+        if ends.is_meta:
+            raise MaskError(f"{name} is on meta, where tensors have no values; give it on the CPU.")
     if len({len(ends) for ends in named.values()}) > 1:
         raise MaskError(
             f"cu_seqlens_q has {len(cu_seqlens_q)} entries and cu_seqlens_k has "
@@ -61,6 +64,8 @@ def first_positions(
     """The position of the first query of each sequence."""
     if q_offset is None:
         return tuple(kv_len - q_len for q_len, kv_len in zip(q_lens, kv_lens, strict=True))
+    if isinstance(q_offset, Tensor) and q_offset.is_meta:
+        raise MaskError("q_offset is on meta, where tensors have no values; give it on the CPU.")
     given: Any = q_offset.tolist() if isinstance(q_offset, Tensor) else q_offset
     offsets = tuple(given) if isinstance(given, (list, tuple)) else (given,) * len(q_lens)
     if len(offsets) != len(q_lens) or any(
@@ -69,4 +74,6 @@ def first_positions(
         raise MaskError(
             f"q_offset={q_offset!r}; it must be an int, or one for each of {len(q_lens)} sequences."
         )
+    for offset in offsets:
+        check_position("q_offset", offset, "a sequence's first query")
     return offsets

@@ -8,12 +8,13 @@ from typing import NamedTuple
 
 import torch
 
+from flexsparse.arguments import block_sizes
 from flexsparse.cases import Case, cases, needed
 from flexsparse.classify import BlockClasses, classify
 from flexsparse.default_device import cpu_by_default
 from flexsparse.errors import MaskError
 from flexsparse.expr import Mask, kept_at, nothing
-from flexsparse.heads import PerHead
+from flexsparse.heads import PerHead, not_a_mask
 from flexsparse.rectangles import Rectangles
 from flexsparse.text import shorten, shown
 from flexsparse.validate import problem
@@ -111,12 +112,7 @@ def diff(
         q_offset: position of query row 0; kv_len - q_len by default.
         block_size: tokens of a block, or (of queries, of keys).
     """
-    sizes = (block_size, block_size) if isinstance(block_size, int) else tuple(block_size)
-    if len(sizes) != 2 or not all(type(n) is int and n > 0 for n in sizes):
-        raise MaskError(
-            f"diff: block_size={block_size!r}; it must be an int of 1 or more, or a pair (of "
-            "queries, of keys)."
-        )
+    sizes = block_sizes("diff: block_size", block_size)
     either = _exclusive_or(a, b)
     differing = 0
     of_blocks = 0
@@ -157,11 +153,9 @@ def diff(
 def _exclusive_or(a: Mask | PerHead, b: Mask | PerHead) -> Mask | PerHead:
     """The mask that is true where two differ, for each head if one of them has masks of heads."""
     for name, mask in (("a", a), ("b", b)):
-        if not isinstance(mask, (Mask, PerHead)):
-            raise MaskError(
-                f"diff takes Masks or per_head([...]), and {name} is {type(mask).__name__}. Call "
-                "the pattern first, or make a Mask of a mask_mod with from_mask_mod."
-            )
+        reason = not_a_mask(mask)
+        if reason is not None:
+            raise MaskError(f"diff takes a Mask or per_head([...]), and {name} is {reason}")
     if isinstance(a, Mask) and isinstance(b, Mask):
         return _differing(a, b)
     n = next(x.n_heads for x in (a, b) if isinstance(x, PerHead))

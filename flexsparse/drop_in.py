@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention import flex_attention as torch_flex
 from torch.nn.attention.flex_attention import BlockMask
 
-from flexsparse.arguments import LONGEST, MOST_HEADS, check_size, usable_device
+from flexsparse.arguments import LONGEST, MOST_HEADS, block_sizes, check_size, usable_device
 from flexsparse.blocks import block_mask, write_kept_blocks
 from flexsparse.classify import BlockClasses, Grid, classify
 from flexsparse.default_device import cpu_by_default
@@ -47,6 +47,9 @@ def create_block_mask(
     One difference, on purpose: a mask that reads h with H=None (or b with B=None) is an error here,
     where torch takes the blocks of head 0 for all heads.
 
+    Make it anew after a write to a tensor that the function captures: the blocks do not follow,
+    here as in torch, and the mask_mod, which does in torch, need not.
+
     Args:
         mask_mod: a mask_mod function, or a Mask.
         B: batch rows; None where the mask is the same for all.
@@ -66,6 +69,7 @@ def create_block_mask(
     check_size("H", H, MOST_HEADS, optional=True)
     check_size("Q_LEN", Q_LEN, LONGEST)
     check_size("KV_LEN", KV_LEN, LONGEST)
+    blocks = block_sizes("BLOCK_SIZE", BLOCK_SIZE)
     if not isinstance(dq_kv_order, bool):
         raise MaskError(f"dq_kv_order={dq_kv_order!r}; it must be a bool.")
     if device is None:
@@ -81,9 +85,6 @@ def create_block_mask(
                 f"The mask reads {variable} and {name}=None: its blocks differ between {what}. "
                 f"Give {name}=the number of {what}. (torch would use those of number 0 for all.)"
             )
-    blocks = (BLOCK_SIZE, BLOCK_SIZE) if isinstance(BLOCK_SIZE, int) else tuple(BLOCK_SIZE)
-    if len(blocks) != 2 or not all(_is_int(n) and n > 0 for n in blocks):
-        raise MaskError(f"BLOCK_SIZE={BLOCK_SIZE!r}; it must be an int of 1 or more, or a pair.")
     planes = (B or 1, H or 1)
     grid = Grid(
         Q_LEN,
@@ -109,10 +110,6 @@ def create_block_mask(
     if compute_dq_write_order:
         _write_dq_order(result, dq_kv_order)
     return result
-
-
-def _is_int(n: Any) -> bool:
-    return isinstance(n, int) and not isinstance(n, bool)
 
 
 def _known_by_torch(newer: dict[str, Any], compute_dq_write_order: bool) -> None:

@@ -11,7 +11,7 @@ import torch
 from flexsparse.default_device import cpu_by_default
 from flexsparse.errors import MaskError
 from flexsparse.expr import VARIABLES, Expr, Mask
-from flexsparse.heads import PerHead
+from flexsparse.heads import PerHead, not_a_mask
 from flexsparse.tensors import TENSOR_READING, Table
 from flexsparse.text import formula, shorten, shown
 from flexsparse.walks import postorder
@@ -118,11 +118,9 @@ def explain(mask: Mask | PerHead, q: int, kv: int, h: int = 0, b: int = 0) -> Ex
         if h >= mask.n_heads:
             raise MaskError(f"explain: h={h}, and the mask has the heads 0 to {mask.n_heads - 1}.")
         mask = mask[h]
-    if not isinstance(mask, Mask):
-        raise MaskError(
-            f"explain takes a Mask or per_head([...]), not {type(mask).__name__}. Call the pattern "
-            "first, or make a Mask of a mask_mod function with from_mask_mod."
-        )
+    reason = not_a_mask(mask)
+    if reason is not None:
+        raise MaskError(f"explain takes a Mask or per_head([...]), not {reason}")
     values = _values(mask, {"b": b, "h": h, "q_idx": q, "kv_idx": kv})
     terms, because = _terms(mask, values)
     return Explanation(q, kv, h, b, bool(values[id(mask)]), tuple(because), tuple(terms))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
 import torch
 from torch import Tensor
 
-from flexsparse.arguments import usable_device
+from flexsparse.arguments import INT_LIMIT, usable_device
 from flexsparse.errors import MaskError
 from flexsparse.tensors import READABLE, TENSOR_READING, Opaque, Table
 from flexsparse.walks import postorder, rewritten
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from flexsparse.explanation import Explanation
 
 VARIABLES = ("b", "h", "q_idx", "kv_idx")
-INT_LIMIT = 2**61  # constants beyond this could overflow int64 in the analysis
 INT32_MAX = 2**31 - 1  # kernels count in int32
 
 Value = TypeVar("Value")
@@ -352,6 +351,8 @@ class Mask(Expr):
         def moved(node: Expr, args: tuple[Expr, ...]) -> Expr:
             payload = node.payload
             if isinstance(payload, Table):
+                if payload.stale:
+                    raise MaskError(payload.stale)
                 payload = Table(payload.tensor.to(device))
             return replace(node, args=args, payload=payload)
 
@@ -473,7 +474,9 @@ def lookup(table: Tensor, *indices: Index | int) -> Any:
 
     Args:
         table: an integer or boolean tensor of 0 to 4 dimensions; it is kept, not copied, and must
-            not be written to afterwards (running the mask then raises).
+            not be written to afterwards (running the mask then raises). A write through table.data
+            cannot be noticed, nor any by a function that torch.compile made of yours: it runs on
+            with the old entries. A tensor made in inference_mode is copied.
         indices: one index expression for each dimension. Out of range is an error when compiling.
     """
     if not isinstance(table, Tensor):

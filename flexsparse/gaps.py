@@ -106,7 +106,7 @@ def _look(mask: Mask, side: _Side, partial: Rectangles, open_lines: Tensor) -> T
     used = tokens >= side.length  # past a ragged end there is nothing to look for
     flat = used.view(-1)
     plane = open_lines // side.lines
-    reading = interval_reading(mask)
+    reading = interval_reading(mask, side.grid)
     every = torch.arange(side.across_block)
     few = every[:: max(1, side.across_block // WITNESSES)]
 

@@ -42,6 +42,12 @@ class PerHead:
         which = lookup(torch.tensor(self.which, device=device), h)
         result: Mask | None = None
         for place, mask in enumerate(self.distinct):
+            if "h" in mask.variables:
+                # kernels evaluate every mask at every head, and at heads that are not its own it
+                # may divide by 0 or read outside its tables: there it is read at its first head
+                own = self.heads_of(place)
+                heads = [head if i == place else own[0] for head, i in enumerate(self.which)]
+                mask = mask.at(h=lookup(torch.tensor(heads, device=device), h))
             part = which.equals(place) & mask
             result = part if result is None else result | part
         assert result is not None
@@ -88,6 +94,21 @@ def per_head(masks: Sequence[Mask]) -> PerHead:
     distinct = tuple(dict.fromkeys(masks))
     places = {mask: place for place, mask in enumerate(distinct)}
     return PerHead(distinct, tuple(places[mask] for mask in masks))
+
+
+def not_a_mask(mask: object) -> str | None:
+    """What was given where a Mask or a PerHead is wanted, and the fix; None if it is one."""
+    if isinstance(mask, (Mask, PerHead)):
+        return None
+    if isinstance(mask, (bool, int)):
+        fix = "`==` compares the expressions themselves; write a.equals(b) for the mask."
+    elif isinstance(mask, (list, tuple)):
+        fix = "Wrap the list: per_head(masks)."
+    elif callable(mask):
+        fix = "Call the pattern first, or make a Mask of a mask_mod function with from_mask_mod."
+    else:
+        fix = "Build one from q_idx and kv_idx, or take one from flexsparse.masks."
+    return f"{type(mask).__name__}. {fix}"
 
 
 def ranges(numbers: Sequence[int]) -> str:

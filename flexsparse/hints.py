@@ -50,7 +50,7 @@ def _rows_are_safe(mask: Mask, classes: BlockClasses, kept: KeptBlocks) -> bool:
     at_first_key = mask.at(kv_idx=kv_idx * grid.block_size[1])
     single = grid._replace(kv_len=grid.columns, block_size=(grid.block_size[0], 1))
     cells = [plane, row, first.flatten().long()]
-    always, _ = bound_cells(at_first_key, interval_reading(at_first_key), single, cells, 1)
+    always, _ = bound_cells(at_first_key, interval_reading(at_first_key, single), single, cells, 1)
     return bool(always.all())
 
 

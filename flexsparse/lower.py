@@ -85,7 +85,8 @@ def lowering(
     for node in postorder(mask):
         args = [names[id(a)] if id(a) in names else number(a.payload) for a in node.args]
         if node.op == "q_idx":
-            text = "q_idx + n0" if not wide else "(q_idx + n0).to(torch.int64)"
+            # widened first: with q_offset beyond int32 the sum would wrap round
+            text = "q_idx + n0" if not wide else "q_idx.to(torch.int64) + n0"
         elif node.op == "kv_idx" and wide:
             text = "kv_idx.to(torch.int64)"
         elif node.op == "h" and heads is not None:

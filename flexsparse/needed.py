@@ -22,7 +22,7 @@ def needed(mask: Mask, classes: BlockClasses) -> Mask:
     cells = [blocks.plane, blocks.row0, blocks.column0]
     kept = []
     for term in terms:
-        always, _ = bound_cells(term, interval_reading(term), classes.grid, cells, 1)
+        always, _ = bound_cells(term, interval_reading(term, classes.grid), classes.grid, cells, 1)
         if not always.all():
             kept.append(term)
     if len(kept) == len(terms):

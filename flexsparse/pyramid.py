@@ -18,17 +18,21 @@ class Pyramid:
     A range is covered by one node a dimension where it is aligned, as the cells of the analysis
     are, and by a few smaller ones elsewhere: bounds may be too wide and are never too narrow.
 
+    A dimension takes part once it is read over a range; one that is always read at one entry, as a
+    table of parameters per head is, stays whole.
+
     Args:
         table: integers, booleans or floats, 0 to 4 dimensions.
-        ranged: for each dimension, whether it is read over ranges (else at one entry at a time,
-            as a table of parameters per head is).
     """
 
-    def __init__(self, table: Tensor, ranged: tuple[bool, ...]) -> None:
+    def __init__(self, table: Tensor) -> None:
         table = table.detach().cpu()
         self.is_boolean = table.dtype == torch.bool
-        self.ranged = ranged
         self.shape = table.shape
+        self._build(table, (False,) * table.dim())
+
+    def _build(self, table: Tensor, ranged: tuple[bool, ...]) -> None:
+        self.ranged = ranged
         self.levels = [(table, table)]
         longest = max((n for n, r in zip(table.shape, ranged, strict=True) if r), default=1)
         while longest > 1:
@@ -51,6 +55,12 @@ class Pyramid:
         sizes = [n - 1 for n in self.shape]
         first = [torch.as_tensor(x).clamp(0, n) for x, n in zip(first, sizes, strict=True)]
         last = [torch.as_tensor(x).clamp(0, n) for x, n in zip(last, sizes, strict=True)]
+        # an index of the head alone may have a range too: (h * 5) % 8 where `%` is not bounded
+        ranged = tuple(
+            r or bool((a != b).any()) for a, b, r in zip(first, last, self.ranged, strict=True)
+        )
+        if ranged != self.ranged:
+            self._build(self.levels[0][0], ranged)
         spans = [b - a for a, b, r in zip(first, last, self.ranged, strict=True) if r]
         if not spans:
             lo = hi = self.levels[0][0][tuple(first)]

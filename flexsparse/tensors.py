@@ -24,29 +24,40 @@ class Table:
     """A tensor read by `lookup`: compared by content, and watched for in-place changes.
 
     Args:
-        tensor: what is read; kept, not copied.
+        tensor: what is read; kept, not copied, unless it counts no writes (see `counted`).
         origins: the tensors it was computed from, watched with it and with theirs.
     """
 
     def __init__(self, tensor: Tensor, origins: tuple[Table, ...] = ()) -> None:
-        self.tensor = tensor
+        self.tensor = counted(tensor)
         # flat, and each once: a loop computes tensors from tensors that are computed
         reached = (x for origin in origins for x in (*origin.origins, origin))
         self.origins: tuple[Table, ...] = tuple({id(x): x for x in reached}.values())
         self._version = self._current_version()
 
     def __reduce__(self) -> tuple[Any, ...]:
+        if self.stale:
+            raise MaskError(self.stale)
         # the count of writes starts anew in a loaded tensor; origins know all of theirs already
         return Table, (self.tensor, tuple(Table(x.tensor) for x in self.origins))
 
-    def _current_version(self) -> int | None:
-        # inference tensors do not count their versions
-        return None if self.tensor.is_inference() else self.tensor._version
+    def _current_version(self) -> int:
+        return self.tensor._version
 
     @property
     def changed(self) -> bool:
         """Whether the tensor was written to after the expression was made."""
         return any(x._current_version() != x._version for x in (self, *self.origins))
+
+    @property
+    def stale(self) -> str | None:
+        """That the table no longer is what the mask was made from, and the fix; None if it is."""
+        if not self.changed:
+            return None
+        return (
+            f"The table {self!r} was written to after the mask was made from it. Make the mask "
+            "again from the new values, or from a clone."
+        )
 
     @property
     def is_copy(self) -> bool:
@@ -71,6 +82,14 @@ class Table:
         if not self.tensor.dim():
             return f"{dtype}({self.tensor.item()})"
         return f"{dtype}[{', '.join(map(str, self.tensor.shape))}]"
+
+
+def counted(tensor: Tensor) -> Tensor:
+    """The tensor; or, of one made in inference_mode, which counts no writes, a copy that does."""
+    if not tensor.is_inference():
+        return tensor
+    with torch.inference_mode(False):
+        return tensor.clone()
 
 
 class Number(NamedTuple):

@@ -8,19 +8,10 @@ from typing import Any
 import torch
 
 from flexsparse.classify import Grid, classify
-from flexsparse.expr import (
-    INT32_MAX,
-    INT_LIMIT,
-    VARIABLES,
-    Expr,
-    Index,
-    Mask,
-    kept_at,
-)
-from flexsparse.interval import INTERVAL_READING, Interval, table_bounds
+from flexsparse.expr import INT32_MAX, Expr, Index, Mask, kept_at
 from flexsparse.tensors import Table
 from flexsparse.text import shown
-from flexsparse.walks import postorder
+from flexsparse.whole import leaves_int64, whole_bounds
 
 
 def problem(mask: Mask, grid: Grid, device: torch.device | None) -> str | None:
@@ -36,11 +27,8 @@ def problem(mask: Mask, grid: Grid, device: torch.device | None) -> str | None:
                 f"{device}. Compile mask.to({str(device)!r}), or compile with "
                 f"device={str(table.tensor.device)!r}."
             )
-        if table.changed:
-            return (
-                f"The table {table!r} was written to after the mask was made from it. "
-                "Make the mask again from the new values, or from a clone."
-            )
+        if table.stale:
+            return table.stale
     for broken, sentence in _suspicions(mask, grid):
         place = find(broken, grid)
         if place is not None:
@@ -61,27 +49,6 @@ def leaves_int32(node: Expr, bounds: Any) -> bool:
     return bounds is None or bool(max(-bounds.lo, bounds.hi) > INT32_MAX)
 
 
-def whole_bounds(mask: Mask, grid: Grid) -> Iterator[tuple[Expr, Any]]:
-    """Every sub-expression with its Interval or Truth over the whole grid, operands first."""
-    variables = {
-        "b": Interval(0, grid.batch - 1),
-        "h": Interval(min(grid.heads), max(grid.heads)),
-        "q_idx": Interval(grid.q_offset, grid.q_offset + grid.q_len - 1),
-        "kv_idx": Interval(0, grid.kv_len - 1),
-    }
-    bounds: dict[int, Any] = {}
-    for node in postorder(mask):
-        if node.op in VARIABLES:
-            result: Any = variables[node.op]
-        elif isinstance(node.payload, Table):
-            result = table_bounds(node.payload)
-        else:
-            constant = () if node.payload is None else (node.payload,)
-            result = INTERVAL_READING[node.op](*constant, *[bounds[id(arg)] for arg in node.args])
-        bounds[id(node)] = result
-        yield node, result
-
-
 def _suspicions(mask: Mask, grid: Grid) -> Iterator[tuple[Mask, str]]:
     """Rules that bounds over the whole grid do not clear: where they are broken, and the sentence.
 
@@ -90,8 +57,8 @@ def _suspicions(mask: Mask, grid: Grid) -> Iterator[tuple[Mask, str]]:
     bounds: dict[int, Any] = {}
     for node, bound in whole_bounds(mask, grid):
         bounds[id(node)] = bound
-        unknown = bound is None  # what an operator without a rule gives; whatever it is, is exact
-        if isinstance(node, Index) and not unknown and max(-bound.lo, bound.hi) >= INT_LIMIT:
+        # an operator without a rule has no bounds; whatever it gives, is exact
+        if leaves_int64(node, bound):
             yield (
                 Mask("const", payload=True),
                 f"{shown(node)} may leave int64 at these lengths (its bounds are {bound.lo} and "
@@ -112,8 +79,8 @@ def _suspicions(mask: Mask, grid: Grid) -> Iterator[tuple[Mask, str]]:
                     reach = "may be anything"
                     if about is not None:
                         reach = f"reaches from {about.lo} to {about.hi}"
-                    below = about is not None and about.lo < 0
-                    negative = " (negative positions come from q_offset < 0)" if below else ""
+                    below = about is not None and about.lo < 0 and grid.q_offset < 0
+                    negative = " (positions below 0 come from q_offset < 0)" if below else ""
                     yield (
                         (index < 0) | (index >= size),
                         f"The table {node.payload!r} is read out of range: dimension {dim} has "
@@ -125,6 +92,15 @@ def _suspicions(mask: Mask, grid: Grid) -> Iterator[tuple[Mask, str]]:
 
 def find(mask: Mask, grid: Grid) -> tuple[int, int, int, int] | None:
     """The first place (b, h, q_idx, kv_idx) of the grid where a mask is true, or None."""
+    # the mask is the same along what it does not read, where one place stands for all
+    if "q_idx" not in mask.variables:
+        grid = grid._replace(q_len=1, block_size=(1, grid.block_size[1]))
+    if "kv_idx" not in mask.variables:
+        grid = grid._replace(kv_len=1, block_size=(grid.block_size[0], 1))
+    if "b" not in mask.variables:
+        grid = grid._replace(batch=1)
+    if "h" not in mask.variables:
+        grid = grid._replace(heads=grid.heads[:1])
     classes = classify(mask, grid)
     for rectangles in (classes.full, classes.partial):
         if not len(rectangles.plane):

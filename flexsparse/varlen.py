@@ -13,13 +13,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from flexsparse.arguments import MOST_HEADS, block_sizes, check_size, usable_device
 from flexsparse.compiler import CompiledMask, compile_mask
 from flexsparse.cu_seqlens import first_positions, lengths
 from flexsparse.default_device import cpu_by_default
-from flexsparse.dropout import is_kept
-from flexsparse.errors import MaskError
+from flexsparse.dropout import Dropout, is_kept
+from flexsparse.errors import ExecutorError, MaskError
 from flexsparse.expr import Mask, everything
-from flexsparse.heads import PerHead
+from flexsparse.heads import PerHead, not_a_mask
 from flexsparse.packing import Pack, PackedTokens
 from flexsparse.tensors import ScoreMod
 
@@ -123,21 +124,19 @@ def plan_varlen(
     there with q, k and v. The arguments are those of `varlen`; q, k and v will be on `device`, by
     default cu_seqlens_q's.
     """
-    if not isinstance(mask, (Mask, PerHead)):
-        raise MaskError(
-            f"mask is {type(mask).__name__}; give a Mask or per_head([...]). Call a pattern first, "
-            "and make a Mask of a mask_mod function with from_mask_mod."
-        )
+    reason = not_a_mask(mask)
+    if reason is not None:
+        raise MaskError(f"varlen takes a Mask or per_head([...]), not {reason}")
+    check_size("n_heads", n_heads, MOST_HEADS)
+    blocks = block_sizes("block_size", block_size)
     q_lens, kv_lens = lengths(cu_seqlens_q, cu_seqlens_k)
     q_offsets = first_positions(q_offset, q_lens, kv_lens)
-    device = torch.device(device) if device is not None else cu_seqlens_q.device
-    if isinstance(block_size, list):
-        block_size = tuple(block_size)
+    device = cu_seqlens_q.device if device is None else usable_device(device)
     if own_blocks is None:
         masks = mask.distinct if isinstance(mask, PerHead) else (mask,)
         own_blocks = any(table.tensor.dim() > 1 for x in masks for table in x.tables)
     return plan_of_lengths(
-        PlanKey(mask, q_lens, kv_lens, q_offsets, n_heads, device, block_size, own_blocks)
+        PlanKey(mask, q_lens, kv_lens, q_offsets, n_heads, device, blocks, own_blocks)
     )
 
 
@@ -155,7 +154,7 @@ class PlanKey(NamedTuple):
     q_offsets: tuple[int, ...]
     n_heads: int
     device: torch.device
-    block_size: int | tuple[int, int]
+    block_size: tuple[int, int]
     own_blocks: bool
 
 
@@ -203,9 +202,7 @@ class VarlenMask:
             options |= {"batch": len(q_lens), "q_offset": q_offsets[0]}
             self.compiled = compile_mask(mask, q_lens[0], kv_lens[0], **options)
             return
-        steps = (1, 1)
-        if own_blocks:
-            steps = (block_size, block_size) if isinstance(block_size, int) else block_size
+        steps = block_size if own_blocks else (1, 1)
         self._q, self._kv = Pack(q_lens, steps[0], device), Pack(kv_lens, steps[1], device)
         self._tokens = PackedTokens(self._q, self._kv, q_offsets)
         masks = mask if isinstance(mask, PerHead) else PerHead((mask,), (0,) * n_heads)
@@ -242,6 +239,7 @@ class VarlenMask:
         options |= {"return_lse": return_lse, "score_mod": score_mod}
         lse: Tensor | None
         if self.compiled is None:
+            _refuse(q, **options)
             out, lse = _nothing(q, k, v)
         elif self.is_batch:
             n = len(self.q_lens)
@@ -282,6 +280,22 @@ class VarlenMask:
         return f"{title}\n{self.compiled}" if self.compiled is not None else title
 
     __repr__ = __str__
+
+
+def _refuse(
+    q: Tensor,
+    executor: str | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | Tensor | None = None,
+    **_options: Any,
+) -> None:
+    """Raise for the options that are refused wherever there is something to compute."""
+    Dropout.of(dropout_p, dropout_seed)
+    row = q.new_zeros(1, q.shape[1], 1, q.shape[2])
+    launch = compile_mask(everything, 1, 1, device=q.device).launches[0]
+    names = [name for name, _ in launch.executors(row, row, row)]
+    if executor is not None and executor not in names:
+        raise ExecutorError(f"There is no executor {executor!r}; there are {', '.join(names)}.")
 
 
 def _nothing(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,7 @@
 """What results are compared with: dense masks, torch's BlockMask, random expressions."""
 
+import operator
+
 import torch
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import BlockMask
@@ -19,6 +21,8 @@ from flexsparse import (
     where,
 )
 from flexsparse.classify import BlockClasses, Grid
+from flexsparse.expr import Index
+from flexsparse.tensors import Opaque
 
 LISTS = (
     ("kv_num_blocks", "kv_indices"),
@@ -96,6 +100,33 @@ def _within(index, size: int):
     return index % size
 
 
+def _unknown(index):
+    """An index as the result of an operator that the analysis has no rule for."""
+    same = Opaque("aten.same", torch.int64, "same", (), True, lambda x: torch.as_tensor(x) + 0)
+    return Index("opaque", (index,), same)
+
+
+def _wrapped(index):
+    """An index as a narrow integer, which traced mask_mods hold."""
+    return Index("narrow", (index,), torch.int8)
+
+
+# numbers of a head or batch row: the analysis knows them exactly, within bounds, or not at all
+_numbers_of_heads = st.recursive(
+    st.sampled_from([h, b, h + b]),
+    lambda number: st.one_of(
+        st.tuples(number, st.integers(-200, 200)).map(lambda p: p[0] * p[1]),
+        st.tuples(st.integers(0, 255), number).map(lambda p: bit_and(*p)),
+        st.tuples(st.integers(0, 255), number).map(lambda p: bit_xor(*p)),
+        st.tuples(number, st.sampled_from([3, 5, 8, -7])).map(lambda p: operator.mod(*p)),
+        number.map(_unknown),
+        number.map(_wrapped),
+    ),
+    max_leaves=3,
+)
+per_head = st.tuples(_table(40, low=-300, high=300), _numbers_of_heads).map(
+    lambda p: lookup(p[0], _within(p[1], 40))
+)
 variables = st.sampled_from([q_idx, kv_idx, q_idx, kv_idx, h, b])
 constants = st.one_of(st.integers(-5, 5), st.integers(-600, 600))
 divisors = st.sampled_from([1, 2, 3, 7, 64, 100, 128, -1, -3, -64])
@@ -120,6 +151,7 @@ def _grow(index):
         pairs.map(lambda p: maximum(*p)),
         st.tuples(_table(), st.just(None)).map(lambda p: lookup(p[0])),
         st.tuples(_table(40), index).map(lambda p: lookup(p[0], _within(p[1], 40))),
+        per_head,
         st.tuples(_table(5, 9), index, index).map(
             lambda p: lookup(p[0], _within(p[1] // 64, 5), _within(p[2] // 50, 9))
         ),
@@ -134,6 +166,7 @@ comparisons = st.one_of(
     st.tuples(indices, st.one_of(indices, constants)).map(lambda p: p[0] <= p[1]),
     st.tuples(indices, st.one_of(indices, constants)).map(lambda p: p[0] < p[1]),
     st.tuples(indices, st.one_of(indices, constants)).map(lambda p: p[0].equals(p[1])),
+    per_head.map(lambda number: kv_idx <= q_idx - number),
     st.tuples(_table(6, 7, boolean=True), indices, indices).map(
         lambda p: lookup(p[0], (p[1] // 128) % 6, (p[2] // 128) % 7)
     ),

@@ -172,7 +172,7 @@ def analyses(monkeypatch):
 
     made = []
     reading = classify.interval_reading
-    monkeypatch.setattr(classify, "interval_reading", lambda m: made.append(m) or reading(m))
+    monkeypatch.setattr(classify, "interval_reading", lambda *a: made.append(a) or reading(*a))
     return made
 
 
@@ -286,6 +286,12 @@ BAD = [
     ({"p_dropout": -0.1}, "p_dropout=-0.1"),
     ({"max_seqlen_q_": 199}, "max_seqlen_q_=199, and the longest sequence has 200 tokens"),
     ({"max_seqlen_k_": 100}, "max_seqlen_k_=100"),
+    ({"max_seqlen_q_": 200.0}, "max_seqlen_q_=200.0; it must be an int"),
+    ({"max_seqlen_k_": None}, "max_seqlen_k_=None; it must be an int"),
+    (
+        {"base_blockmask": torch.ones(2, 1, 2, 2, dtype=torch.bool, device="meta")},
+        "base_blockmask is on meta, where tensors have no values",
+    ),
     ({"q": torch.randn(2, 175, 3, 16)}, r"q is \(2, 175, 3, 16\); it must be a tensor \[tokens"),
 ]
 

@@ -98,6 +98,16 @@ def test_any_mask_is_equal_to_torch(mask, grid):
     assert_same_lists(ours, theirs)
 
 
+@pytest.mark.parametrize("offset", [2**40, -(2**40), 2**31 - 2])
+def test_positions_past_int32_are_not_those_of_int32(offset):
+    mask = (q_idx - kv_idx < offset + 5) & (q_idx >= 0)
+    attend = compile_mask(mask, 9, 9, q_offset=offset, device="cpu")
+    rows, kv = torch.arange(9)[:, None], torch.arange(9)
+    zero = torch.tensor(0)
+    narrow = (x.int() for x in (zero, zero, rows, kv))
+    assert attend.block_mask.mask_mod(*narrow).equal(mask(zero, zero, rows + offset, kv))
+
+
 def test_heads_and_batch_rows_of_their_own():
     windows = torch.tensor([1, 50, 400])
     lengths = torch.tensor([700, 130])

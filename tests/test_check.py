@@ -163,13 +163,17 @@ def test_masks_of_heads_are_compared_head_by_head():
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
-        (lambda: diff(window, causal, 9, 9), "diff takes Masks .*, and a is function. Call the"),
+        (lambda: diff(window, causal, 9, 9), "diff takes a Mask .*, and a is function. Call the"),
         (lambda: diff(causal, kv_idx > h, 9, 9), "diff: The mask reads h, .* give n_heads="),
         (lambda: diff(per_head([causal]), per_head([causal] * 2), 9, 9), "1 heads and b for 2"),
         (lambda: diff(causal, full, 9, 9, block_size=0), "block_size=0; it must be an int"),
         (lambda: check(causal, 0, 9), "check: q_len=0; it must be an int of 1 or more"),
         (lambda: check(causal, 9, 10**11), "check: kv_len=100000000000; it must be at most"),
         (lambda: check(causal, 9, 9, q_offset=1.5), "check: q_offset=1.5; it must be an int"),
+        (
+            lambda: check([causal], 9, 9),
+            r"check takes a Mask .*, not list. Wrap the list: per_head",
+        ),
         (lambda: check(window, 9, 9), "check takes a Mask or per_head.*, not function"),
         (lambda: check(per_head([causal]), 9, 9, n_heads=2), "got 1 masks but n_heads=2"),
     ],

@@ -3,13 +3,15 @@ import torch
 from hypothesis import given, settings
 from oracles import dense, dense_classes, grids, indices, masks, painted
 
-from flexsparse import b, h, kv_idx, lookup, q_idx
+from flexsparse import b, from_mask_mod, h, kv_idx, lookup, q_idx, validate
+from flexsparse import classify as classify_module
 from flexsparse.classify import CELLS_TO_BEGIN_WITH, Grid, classify
 from flexsparse.expr import VARIABLES, Mask, evaluate
 from flexsparse.masks import causal, full, sink, window
 from flexsparse.rectangles import Rectangles
 from flexsparse.tensors import TENSOR_READING
 from flexsparse.validate import find, problem
+from flexsparse.whole import leaves_int64, whole_bounds
 
 CPU = torch.device("cpu")
 
@@ -26,11 +28,10 @@ def test_empty_and_full_are_proofs(mask, grid):
 @settings(max_examples=150)
 @given(indices, grids)
 def test_an_interval_holds_every_value(index, grid):
-    from flexsparse.validate import whole_bounds
-
-    (lo, hi) = [bounds for _, bounds in whole_bounds(index, grid)][-1]
-    if max(abs(lo), abs(hi)) > 2**61:
+    every = list(whole_bounds(index, grid))
+    if any(leaves_int64(*found) for found in every):
         return
+    lo, hi = every[-1][1]
     places = dense_index(index, grid)
     assert lo <= int(places.min())
     assert int(places.max()) <= hi
@@ -57,6 +58,15 @@ def test_find_finds_a_place_exactly_when_there_is_one(mask, grid):
     assert (place is not None) == bool(dense(mask, grid).any())
     if place is not None:
         assert bool(mask(*map(torch.tensor, place)))
+
+
+def test_find_looks_along_what_a_mask_reads(monkeypatch):
+    grids = []
+    monkeypatch.setattr(validate, "classify", lambda m, g: grids.append(g) or classify(m, g))
+    grid = Grid(300, 200, 7, (16, 16), 2, (0, 3))
+    assert find((kv_idx * 3).equals(150), grid) == (0, 0, 7, 50)
+    assert find((q_idx * 3).equals(150) & h.equals(3), grid) == (0, 3, 50, 0)
+    assert [(x.q_len, x.kv_len, x.planes) for x in grids] == [(1, 200, 1), (300, 1, 2)]
 
 
 @pytest.mark.parametrize("n", [1 << 16, 1 << 20])
@@ -87,6 +97,12 @@ def test_a_ragged_last_block_is_at_most_partial():
     assert painted(classes)[0, 0].tolist() == [[2, 2, 1], [1, 1, 1]]
 
 
+def test_a_block_may_be_far_longer_than_the_tokens():
+    mask = q_idx.equals(37) & kv_idx.equals(85)
+    classes = classify(mask, Grid(100, 100, 0, (2**30, 2**30), 1, (0,)))
+    assert painted(classes)[0, 0].tolist() == [[1]]
+
+
 def test_blocks_without_witnesses_are_evaluated():
     # the one true element of block (0, 0) lies where no witness looks
     mask = q_idx.equals(37) & kv_idx.equals(85)
@@ -100,6 +116,31 @@ def test_a_table_that_cancels_itself_is_settled_by_looking():
     classes = classify(same & causal, Grid(512, 512, 0, (128, 128), 1, (0,)))
     assert torch.equal(painted(classes), painted(classify(causal, classes.grid)))
     assert classes.evaluated > 0
+
+
+HEADS = {
+    "bits": lambda h: (0b1010 >> h) & 1,
+    "power": lambda h: (2**h) % 5,
+    "wide remainder": lambda h: (h * 636413622384679 + 7) % 8,
+    "narrow": lambda h: ((h.to(torch.int8) * 100).long() + 128) % 256,
+}
+
+
+@pytest.mark.parametrize("row", HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize("of_batch", [False, True])
+def test_a_table_read_at_a_function_of_the_head(row, of_batch):
+    table = torch.arange(256) * 90 % 400
+    mask = from_mask_mod(lambda b, h, q, k: k <= q - table[row(b if of_batch else h)])
+    grid = Grid(256, 256, 0, (64, 64), *((4, (0,)) if of_batch else (1, (0, 1, 2, 3))))
+    assert torch.equal(painted(classify(mask, grid)), dense_classes(dense(mask, grid), (64, 64)))
+
+
+def test_a_float_that_may_be_anything_somewhere_overflows_nowhere(monkeypatch):
+    # divided by 0 where q is 40, and up to 2**61 elsewhere, which the product wraps round
+    monkeypatch.setattr(classify_module, "CELLS_AT_ONCE", 64)  # else the 0 is among the cells
+    mask = from_mask_mod(lambda b, h, q, k: (k * 1e17 / (q - 40)).long() * 1000003 > 0)
+    grid = Grid(512, 512, 0, (16, 16), 1, (0,))
+    assert torch.equal(painted(classify(mask, grid)), dense_classes(dense(mask, grid), (16, 16)))
 
 
 def test_constant_masks():

@@ -128,6 +128,7 @@ def test_show_draws_the_first_head_of_a_mask_that_reads_h(capsys):
         (["show", "kv_idx < b", "--len", "64"], r"reads b: give --batch"),
         (["show", "packed([0, 3])", "--len", "64"], r"read out of range"),
         (["show", "causal", "--len", "99999999999"], r"must be at most 2,147,483,647"),
+        (["show", "causal", "--len", "999999999", "--block-size", "1"], r"a larger --block-size"),
         (["run", "causal", "--len", "64", "--heads", "3", "--kv-heads", "2"], r"multiple of the 2"),
         (["run", "causal", "--len", "99999999", "--heads", "9999"], r"GiB are free"),
     ],

@@ -236,6 +236,22 @@ def test_no_batch_rows_give_none():
     ]
 
 
+@pytest.mark.parametrize(
+    "own",
+    [[q_idx // (2 - h) >= kv_idx] * 2, [q_idx - kv_idx < lookup(torch.arange(17) * 10, h)] * 17],
+    ids=["divisor", "table"],
+)
+def test_the_block_mask_reads_each_mask_at_its_own_heads(own):
+    heads = per_head([*own, *[causal] * 20])
+    mod = compile_mask(heads, 256, 256, device="cpu").block_mask.mask_mod
+    q, kv = torch.arange(256)[:, None], torch.arange(256)
+    for head in range(heads.n_heads):
+        assert torch.equal(
+            mod(torch.tensor(0), torch.tensor(head), q, kv),
+            heads[head](torch.tensor(0), torch.tensor(head), q, kv),
+        )
+
+
 def test_the_block_mask_works_with_plain_flex_attention():
     from torch.nn.attention.flex_attention import flex_attention
 
@@ -323,12 +339,28 @@ def _messages(argument):
 COMPILE_MISTAKES = [
     (lambda: compile_mask(causal, 8, 8, n_heads="4"), "n_heads='4'"),
     (lambda: compile_mask(causal, 8, 8, n_heads=-1), "n_heads=-1"),
-    (lambda: compile_mask([causal], 8, 8), r"compile_mask\(per_head\(masks\)"),
     (lambda: compile_mask(window, 8, 8), "Call the pattern first"),
     (lambda: compile_mask("causal", 8, 8), "not str"),
     (lambda: compile_mask(causal, 0, 8), "q_len=0"),
     (lambda: compile_mask(causal, 8, 8.0), r"kv_len=8\.0"),
     (lambda: compile_mask(causal, 8, 8, q_offset=0.5), r"q_offset=0\.5"),
+    (
+        lambda: compile_mask([causal], 8, 8),
+        r"compile_mask takes a Mask .*, not list. Wrap the list",
+    ),
+    (lambda: compile_mask(causal, 8, 8, q_offset=2**70), r"positions must be within 2\*\*61"),
+    (lambda: compile_mask(causal, 8, 8).row(10**30), "row: position=1000.*must be within"),
+    (lambda: compile_mask(causal, 8, 8).at(8, 8, 10**30), "q_offset=1000.*must be within"),
+    *[
+        (lambda size=size, door=door: door(size), r"(?i)block_size=.*; it must be an int of 1 to")
+        for size in (0, -1, 5.0, None, True, 2**70, "64", (64, 0), torch.tensor(64))
+        for door in (
+            lambda size: compile_mask(causal, 8, 8, block_size=size),
+            lambda size: fs.create_block_mask(causal, None, None, 8, 8, "cpu", size),
+            lambda size: fs.diff(causal, full, 8, 8, block_size=size),
+            lambda size: fs.draw(causal, 8, block_size=(0, 1) if size is None else size),
+        )
+    ],
     (lambda: compile_mask(causal, 8, 8, block_size=0), "block_size=0"),
     (lambda: compile_mask(causal, 8, 8, block_size=(1, 2, 3)), r"block_size=\(1, 2, 3\)"),
     (lambda: compile_mask(causal, 8, 8, device="nowhere"), "device='nowhere' cannot be used"),
@@ -345,13 +377,22 @@ COMPILE_MISTAKES = [
     ),
     (
         lambda: compile_mask(lookup(torch.arange(8), q_idx) < 3, 8, 4),
-        "negative positions come from q_offset < 0",
+        "positions below 0 come from q_offset < 0",
+    ),
+    (
+        lambda: compile_mask(lookup(torch.arange(8), q_idx - 3) < 3, 8, 8),
+        r"q_idx - 3 reaches from -3 to 4\. Make the table longer, or bound the index",
     ),
     (lambda: compile_mask(q_idx // (kv_idx - 3) < 1, 8, 8), "divisor of .* is 0 at .*kv_idx=3"),
     (
         lambda: compile_mask(q_idx * q_idx * q_idx * q_idx < 9, 1 << 20, 8),
         "may leave int64 at these lengths",
     ),
+    (
+        lambda: compile_mask(fs.bit_or(q_idx, 0) * 2**59 * (kv_idx + 1) > 0, 512, 512),
+        "may leave int64 at these lengths",
+    ),
+    (lambda: compile_mask(fs.bit_or(q_idx * 2**60, 1) > 0, 512, 512), "may leave int64"),
 ]
 
 
@@ -505,6 +546,29 @@ def test_a_table_changed_after_compiling_is_refused():
     ids[3] = 1
     with pytest.raises(MaskError, match="written to after it was compiled"):
         attend(*inputs(64, 64))
+    mask = attend.masks[0]
+    for use in (
+        lambda: attend.block_mask,
+        lambda: attend.at(64, 64),
+        lambda: attend.row(5),
+        lambda: pickle.dumps(attend),
+        lambda: pickle.dumps(mask),
+        lambda: mask.to("cpu"),
+    ):
+        with pytest.raises(MaskError, match="written to after the mask was made"):
+            use()
+
+
+def test_what_is_written_in_inference_mode_does_not_reach_a_mask():
+    with torch.inference_mode():
+        ids = torch.zeros(64, dtype=torch.int64)
+        mask = lookup(ids, q_idx).equals(lookup(ids, kv_idx))
+        traced = fs.from_mask_mod(lambda b, h, q, k: ids[q] == ids.view(8, 8)[k // 8, k % 8])
+        ids[32:] = 1
+    for unchanged in (mask, traced):
+        q, k, v = inputs(64, 64)
+        out = compile_mask(unchanged, 64, 64)(q, k, v, executor="reference")
+        torch.testing.assert_close(out, scaled_dot_product_attention(q, k, v))
 
 
 def test_the_report_says_what_was_decided():
@@ -525,6 +589,16 @@ def test_the_reference_is_differentiable_in_float64():
     attend = compile_mask(causal & window(4), 5, 7)
     mod = attend.block_mask.mask_mod
     assert torch.autograd.gradcheck(lambda *x: reference.run(*x, mod)[0], (q, k, v))
+
+
+def test_a_block_size_may_be_an_integer_of_numpy():
+    import numpy as np
+
+    size = np.int64(64)
+    compiled = compile_mask(causal, 200, 200, block_size=size)
+    assert compiled.block_size == (64, 64)
+    assert type(compiled.block_mask.BLOCK_SIZE[0]) is int
+    assert fs.create_block_mask(causal, None, None, 9, 9, "cpu", (size, 32)).BLOCK_SIZE == (64, 32)
 
 
 def test_public_names_are_documented():

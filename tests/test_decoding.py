@@ -205,7 +205,7 @@ def test_a_query_outside_of_the_mask_is_analysed_for_itself():
 def test_a_position_that_is_no_int_is_refused(position):
     attend = compile_mask(causal, 100, 100)
     attend.row(5)
-    with pytest.raises(MaskError, match="position must be an int"):
+    with pytest.raises(MaskError, match=r"row: position=.*; it must be an int"):
         attend.row(position)
 
 

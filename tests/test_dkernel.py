@@ -414,6 +414,17 @@ def test_in_a_compiled_model_the_analysis_is_not_traced():
     assert dkernel_call._plan.cache_info().misses == misses
 
 
+def test_a_pattern_made_in_inference_mode_may_be_written_to():
+    with torch.inference_mode():
+        module = SparseAttention(16, torch.ones(4, 4).tril().bool())
+        q, k, v = torch.randn(3, 1, 64, 2, 16)
+        module(q, k, v)
+        module.sparse_pattern[3, 0] = False
+        out = module(q, k, v)
+        again = SparseAttention(16, module.sparse_pattern.clone())
+        assert torch.equal(out, again(q, k, v))
+
+
 def test_a_pattern_may_be_written_to():
     module, given = SparseAttention(BLOCK, random_pattern(8, 8)), inputs(1, 100, 100, 2, 2)
     module(*given)
@@ -475,6 +486,7 @@ WRONG_MODULES = [
     ({"active_head_range": (2, 5)}, r"active_head_range=\(2, 5\); it must be \(start, end\)"),
     ({"active_head_range": [0, 2]}, r"active_head_range=\[0, 2\]; it must be"),
     ({"seq_dim": 3}, r"seq_dim=3; it must be 1, 2, or None"),
+    ({"block_m": "x"}, r"LocalStrideSparseAttention\(block_m='x'\): block_m must be an int"),
     ({"strides": 3}, r"LocalStrideSparseAttention got strides; besides its arguments it takes"),
     ({"out": torch.zeros(1)}, r"out=.* take what it returns"),
 ]
@@ -515,6 +527,7 @@ WRONG_CALLS = [
     ((STRAIGHT[0], PACKED[1], PACKED[2]), {}, r"k is \(50, 4, 8\)"),
     ((STRAIGHT[0], None, STRAIGHT[2]), {}, "k is None and v is not"),
     ((STRAIGHT[0],), {}, "v is None; give split_qkv"),
+    ((PACKED[0],), {"split_qkv": lambda qkv: (qkv, qkv)}, "split_qkv returned 2 tensors; it must"),
     ((ones(2, 50, 6, 8), *STRAIGHT[1:]), {}, "q has 6 heads, not a multiple of the 4 of k"),
     ((ones(2, 50, 8, 8), ones(2, 50, 2, 8), ones(2, 50, 2, 8)), {}, "the pattern 4; it must have"),
     (tuple(ones(1, 257, 4, 8) for _ in "qkv"), {}, "257 keys and this module is for 256 at most"),
@@ -555,6 +568,10 @@ WRONG_TENSORS = [
     ({"num_kv_heads": 3}, "num_kv_heads must divide num_heads"),
     ({"homo_head": True, "num_dense_heads": 1}, "or none with homo_head"),
     ({"local_blocks": 0}, "local_blocks must be an int of 1 or more"),
+    (
+        {"local_blocks": (1,)},
+        r"local_blocks=\(1,\)\): local_blocks must be an int of 1 or more, or",
+    ),
 ]
 
 
@@ -567,6 +584,14 @@ def test_a_wrong_tensor_is_refused(changes, text):
 def test_parts_to_combine_are_pairs():
     with pytest.raises(MaskError, match="got 1 parts and hdim=1"):
         combine_attn_partitions((ones(1), ones(1)))
+    part, longer = [(ones(1, 2, n, 8), ones(1, 2, n)) for n in (5, 6)]
+    for wrong, options in (
+        ((part, longer), {}),
+        ((part, part), {"hdim": 2}),
+        ((part, part[:1]), {}),
+    ):
+        with pytest.raises(MaskError, match=r"part \d has the shapes .*; each part must be"):
+            combine_attn_partitions(*wrong, **options)
 
 
 def test_the_example_runs(monkeypatch, capsys):

@@ -7,7 +7,7 @@ import torch
 from letter_models import N_HEADS, VOCABULARY, Letters, tiny
 from torch.nn.functional import cross_entropy
 
-from flexsparse import MaskError, everything
+from flexsparse import MaskError, everything, h, kv_idx, q_idx
 from flexsparse.commands import main
 from flexsparse.commands.eval import uniform
 from flexsparse.commands.real_model import INSTALL, PACKAGE, load, manual
@@ -198,6 +198,9 @@ def test_density_counts_blocks_within_the_models_own_masks():
     # a layer with a window of 64 computes two diagonals whatever the plan says
     assert plan_density(SparsePlan([every, None, None, None]), config, 2048) == 31 / 256
     assert plan_density(SparsePlan([None] * 4), config, 2048) == 0
+    # a mask that reads the head: two heads see themselves and those before, two their own block
+    heads = [(h < 2) | (kv_idx >= q_idx // 128 * 128)] * N_HEADS
+    assert plan_density(SparsePlan([None, heads, None, None]), config, 2048) == (136 + 16) / 512
 
 
 def test_sequences_begin_with_the_token_for_a_beginning():
@@ -318,6 +321,7 @@ def test_eval_compares_plans_masks_and_the_dense_model(letters, capsys, tmp_path
     mask = "causal & (sink(4) | window(32))"
     figure = tmp_path / "figure.png"
     command = ["eval", str(tmp_path / "mine.json"), "--mask", mask, "--sequences", "2", *letters]
+    command += ["--mask", "causal & (h<2)|(kv_idx>=q_idx//128*128)"]
     assert main([*command, "--heads", "--probes", "--figure", str(figure)]) == 0
     printed = capsys.readouterr().out
     ids = sequences(Letters(), "the quick brown fox jumps over the lazy dog " * 60, 640, 2)
@@ -346,6 +350,7 @@ EVAL_REFUSED = [
     (["--text", "nowhere.txt"], "cannot read --text nowhere.txt"),
     (["nowhere.json"], "nowhere.json"),
     (["--mask", "window(0)"], "sees no key"),
+    (["--mask", "causal", "--figure", "nowhere/x.png"], "cannot write nowhere/x.png: No such file"),
 ]
 
 

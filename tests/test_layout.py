@@ -21,6 +21,7 @@ ORDER = [
     {"text", "heads", "pyramid", "naming", "normal_form", "unify"},
     {"parser"},
     {"interval"},
+    {"whole"},
     {"classify", "tracing"},
     {"validate", "blocks", "cost", "needed", "hints"},
     {"lower"},

@@ -6,7 +6,7 @@ import pytest
 import torch
 from letter_models import N_HEADS, VOCABULARY, Letters, tiny
 
-from flexsparse import MaskError, kv_idx
+from flexsparse import MaskError, h, kv_idx, q_idx
 from flexsparse.commands import main
 from flexsparse.executors import flex
 from flexsparse.fidelity import Divergence, Replay, head_fidelity, layer_inputs, plan_density
@@ -97,6 +97,15 @@ def test_a_found_plan_is_within_its_density(criterion, ids):
     assert found.density <= 0.5
     assert f"{found.assignment.cost} of 200 blocks" in str(found)
     assert model.config._attn_implementation == "sdpa"  # the model is as it was
+
+
+def test_a_candidate_may_read_the_head(ids):
+    blocky = kv_idx >= q_idx // 128 * 128
+    masks = [causal, (h < 2) & causal | blocky]
+    found = search(tiny("gemma3"), ids[:1], 0.6, criterion="mass", candidates=masks, layers=[1])
+    assert plan_density(found.plan, tiny("gemma3").config, LENGTH) == pytest.approx(found.density)
+    with pytest.raises(MaskError, match="keeps no block in head 1 of layer 1"):
+        search(tiny("gemma3"), ids[:1], 0.6, candidates=[causal & (h < 1)])
 
 
 def test_with_room_for_everything_nothing_is_lost(ids):
@@ -292,3 +301,4 @@ def test_the_command_refuses_in_one_sentence(
     command = ["search", str(tmp_path / plan), "--text", str(text), "--len", "640"]
     assert main([*command, "--sequences", "1", *arguments]) == 2
     assert message in capsys.readouterr().err
+    assert not (tmp_path / plan).exists()

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from oracles import dense_classes, masks, painted
 
 import flexsparse as fs
-from flexsparse import MaskError, b, kv_idx, lookup, per_head, q_idx
+from flexsparse import ExecutorError, MaskError, b, kv_idx, lookup, per_head, q_idx
 from flexsparse.masks import block_sparse, causal, prefix, sink, window
 from flexsparse.varlen import PLANS_KEPT, plan_varlen, varlen
 
@@ -257,7 +257,7 @@ def analyses(monkeypatch):
 
     made = []
     reading = classify.interval_reading
-    monkeypatch.setattr(classify, "interval_reading", lambda m: made.append(m) or reading(m))
+    monkeypatch.setattr(classify, "interval_reading", lambda *a: made.append(a) or reading(*a))
     return made
 
 
@@ -325,11 +325,16 @@ BAD = [
     ({"q": torch.zeros(1, 9, 4, 16)}, r"q is \(1, 9, 4, 16\); it must be a tensor \[tokens"),
     ({"v": torch.zeros(8, 2, 16)}, "ends at 9 and v has 8 tokens"),
     ({"k": torch.zeros(9, 3, 16)}, "heads"),
-    ({"mask": [causal, causal]}, r"mask is list; give a Mask or per_head"),
+    ({"mask": [causal, causal]}, r"varlen takes a Mask or per_head.*, not list. Wrap the list"),
     ({"mask": lambda b, h, q, kv: q >= kv}, "from_mask_mod"),
     ({"mask": per_head([causal] * 3)}, "per_head got 3 masks but n_heads=4"),
     ({"q_offset": [1, 2, 3]}, "one for each of 2 sequences"),
     ({"q_offset": 1.5}, "q_offset=1.5"),
+    ({"q_offset": 2**70}, "positions must be within"),
+    ({"q_offset": torch.zeros(2, dtype=torch.int64, device="meta")}, "q_offset is on meta"),
+    ({"cu_seqlens_q": ends([4, 5]).to("meta")}, "cu_seqlens_q is on meta, where tensors have no"),
+    ({"own_blocks": True, "block_size": 0}, "block_size=0; it must be an int of 1 to"),
+    ({"own_blocks": True, "block_size": 1.5}, "block_size=1.5"),
     ({"mask": lookup(torch.ones(4, dtype=torch.bool), q_idx)}, "read out of range"),
 ]
 
@@ -338,3 +343,18 @@ BAD = [
 def test_a_mistake_is_named(changes, message):
     with pytest.raises(MaskError, match=message):
         varlen(**plain(**changes))
+
+
+def test_a_device_that_is_none_is_refused():
+    with pytest.raises(MaskError, match="device='nowhere' cannot be used here"):
+        plan_varlen(causal, ends([4, 5]), n_heads=2, device="nowhere")
+
+
+def test_options_are_looked_at_where_there_is_nothing_to_compute():
+    q, k, v = inputs([0, 0], [4, 5])
+    arguments = (q, k, v, ends([0, 0]), ends([4, 5]))
+    with pytest.raises(MaskError, match="dropout_p=7"):
+        varlen(*arguments, dropout_p=7)
+    with pytest.raises(ExecutorError, match="There is no executor 'cudnn'; there are sdpa, flash"):
+        varlen(*arguments, executor="cudnn")
+    assert varlen(*arguments, dropout_p=0.1, executor="reference").shape == (0, 4, 16)

@@ -37,6 +37,20 @@ def read_mask(text: str) -> Mask:
     return parse(text, patterns)
 
 
+def check_writable(path: str | None) -> None:
+    """Raise now, and not after a long run, if a file that is to be written cannot be."""
+    if path is None:
+        return
+    is_new = not os.path.lexists(path)
+    try:
+        with open(path, "a", encoding="utf-8"):
+            pass
+    except OSError as error:
+        raise CommandError(f"cannot write {path}: {error.strerror}") from None
+    if is_new:
+        os.remove(path)  # the run may fail, and leaves no empty file then
+
+
 def device_here() -> torch.device:
     """The CUDA device if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

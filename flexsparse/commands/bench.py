@@ -14,6 +14,7 @@ from flexsparse.benchmark.table import bars, table_text, x_text
 from flexsparse.benchmark.workloads import PRESETS, Shape, Workload, workloads
 from flexsparse.commands.arguments import (
     CommandError,
+    check_writable,
     device_here,
     device_name,
     free_bytes,
@@ -65,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     if reason is not None:
         raise CommandError(f"--len {max(args.len):,}: {reason}; make it or --heads smaller.")
     for path in (args.save, args.figure):
-        _check_writable(path)
+        check_writable(path)
     found = [
         workload
         for preset in presets
@@ -126,17 +127,6 @@ def _measure(
                 with open(args.save, "a", encoding="utf-8") as file:
                     file.writelines(json.dumps(row) + "\n" for row in result.rows)
     return rows, notes
-
-
-def _check_writable(path: str | None) -> None:
-    """Raise now, and not after a long run, if a file cannot be written."""
-    if path is None:
-        return
-    try:
-        with open(path, "a", encoding="utf-8"):
-            pass
-    except OSError as error:
-        raise CommandError(f"cannot write {path}: {error.strerror}") from None
 
 
 def _by_reason(notes: dict[str, str]) -> list[str]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flexsparse.commands.arguments import (
     CommandError,
+    check_writable,
     device_here,
     device_name,
     positive,
@@ -100,6 +101,7 @@ def _numbers(text: str) -> list[int]:
 def evaluate(args: argparse.Namespace) -> int:
     """Print the tables and write the picture."""
     text = text_of(args)
+    check_writable(args.figure)
     saved = [SparsePlan.load(path) for path in args.plans]
     masks = [read_mask(mask) for mask in args.mask]
     device = device_here()
@@ -219,7 +221,7 @@ def _head_table(model: Any, config: Any, candidate: Candidate, ids: Tensor) -> l
                     str(i),
                     str(head),
                     named_text(mask, 48),
-                    f"{blocks(own_mask(config, i) & mask, length):,}",
+                    f"{blocks(own_mask(config, i) & mask, length, head):,}",
                     f"{float(found.mass[head, place]):.1%}",
                     f"{float(found.error[head, place]):.1e}",
                 )

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from flexsparse.commands.arguments import CommandError, device_here, positive, read_mask
+from flexsparse.commands.arguments import check_writable, device_here, positive, read_mask
 from flexsparse.commands.eval import add_text_arguments, sequences_of, text_of
 from flexsparse.commands.real_model import load
 from flexsparse.plan import SparsePlan
@@ -69,12 +69,7 @@ def run(args: argparse.Namespace) -> int:
     text = text_of(args)
     candidates = args.candidate and [read_mask(mask) for mask in args.candidate]
     start = args.start and SparsePlan.load(args.start)
-    try:
-        # now, and not after a long search
-        with open(args.plan, "a", encoding="utf-8"):
-            pass
-    except OSError as error:
-        raise CommandError(f"cannot write {args.plan}: {error.strerror}") from None
+    check_writable(args.plan)
     dtype = getattr(torch, args.dtype) if args.dtype else None
     model, tokenizer = load(args.model, device_here(), dtype)
     ids = sequences_of(args, model, tokenizer, text)

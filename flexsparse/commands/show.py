@@ -6,10 +6,12 @@ import argparse
 import sys
 from typing import Any
 
+from flexsparse.arguments import LONGEST
 from flexsparse.commands.arguments import CommandError, positive, read_mask
 from flexsparse.compiler import CompiledMask, compile_mask
 from flexsparse.terminal import Ink, picture
 
+MOST_BLOCKS = 1 << 20  # along the queries or the keys; the diagonal of so many takes seconds
 MASK_HELP = "a mask, quoted for the shell: 'causal & (sink(64) | window(256))'"
 
 
@@ -39,6 +41,13 @@ def add_mask_arguments(parser: argparse.ArgumentParser) -> None:
 def compiled_from(args: argparse.Namespace, device: str = "cpu") -> CompiledMask:
     """The mask of the command line, compiled."""
     mask = read_mask(args.mask)
+    longest = max(args.q_len or args.kv_len, args.kv_len)
+    if MOST_BLOCKS * args.block_size < longest <= LONGEST:
+        raise CommandError(
+            f"{longest:,} tokens are {-(-longest // args.block_size):,} blocks of "
+            f"{args.block_size}, and at most {MOST_BLOCKS:,} in a row are looked at. Give a larger "
+            "--block-size, or fewer tokens."
+        )
     for variable, option, what in (("h", "heads", "query heads"), ("b", "batch", "batch rows")):
         if variable in mask.variables and getattr(args, option) is None:
             raise CommandError(f"The mask reads {variable}: give --{option}, how many {what}.")

@@ -215,6 +215,9 @@ def _attend(
             "is_causal=True, or stream by blocks."
         )
     n_heads, device = qkv[0].shape[1], qkv[0].device
+    for name, most in zip(("max_seqlen_q_", "max_seqlen_k_"), max_seqlens, strict=True):
+        if not hasattr(most, "__index__"):
+            raise MaskError(f"{name}={most!r}; it must be an int, the tokens of the longest.")
     longest = (operator.index(most) for most in max_seqlens)
     sizes = Lengths(*lengths(*cu_seqlens), *longest)
     refuse_lengths(sizes)
@@ -233,7 +236,7 @@ def _attend(
     in_blocks = BLOCK_SPARSE in types or (STREAMING in types and not exact_streaming)
     positions = first_positions(None, sizes.q, sizes.kv)
     plan = plan_of_lengths(
-        PlanKey(mask, sizes.q, sizes.kv, positions, n_heads, device, 128, in_blocks)
+        PlanKey(mask, sizes.q, sizes.kv, positions, n_heads, device, (128, 128), in_blocks)
     )
     seed = fresh_seed() if p_dropout else None
     result = plan(

@@ -203,6 +203,10 @@ def refuse_base_blockmask(base_blockmask: Any, types: list[int], lengths: Length
         is_tensor = isinstance(base_blockmask, Tensor)
         found = base_blockmask.dtype if is_tensor else type(base_blockmask).__name__
         raise MaskError(f"base_blockmask is {found}; give a boolean tensor of {shape}.")
+    if base_blockmask.is_meta:
+        raise MaskError(
+            "base_blockmask is on meta, where tensors have no values; give it on the device of q."
+        )
     if tuple(base_blockmask.shape) != expected:
         raise MaskError(
             f"base_blockmask has shape {tuple(base_blockmask.shape)}; it must be {expected}: "

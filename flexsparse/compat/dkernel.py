@@ -22,6 +22,7 @@ from flexsparse.compat.dkernel_patterns import combine_attn_partitions, get_spar
 from flexsparse.masks import block_sparse, s2_attention
 from flexsparse.masks import causal as causal_mask
 from flexsparse.masks.arguments import at_least
+from flexsparse.tensors import counted
 
 __all__ = [
     "LocalStrideSparseAttention",
@@ -73,7 +74,7 @@ class SparseAttention(BlockAttention):
         n_patterns = len(pattern) if pattern.dim() == 3 else 1
         super().__init__(n_patterns, block_size, pattern.shape[-1] * block_size, seq_dim)
         self.causal = causal
-        self.register_buffer("sparse_pattern", pattern, persistent=False)
+        self.register_buffer("sparse_pattern", counted(pattern), persistent=False)
 
     def extra_repr(self) -> str:
         """What print shows."""
@@ -83,8 +84,9 @@ class SparseAttention(BlockAttention):
     @property
     def _identity(self) -> tuple[int, int]:
         pattern = self.sparse_pattern
-        # inference tensors do not count how often they are written to
-        return id(pattern), 0 if pattern.is_inference() else pattern._version
+        if pattern.is_inference():  # the module was moved in inference_mode
+            self.sparse_pattern = pattern = counted(pattern)
+        return id(pattern), pattern._version
 
     @property
     def _is_chunk(self) -> bool:

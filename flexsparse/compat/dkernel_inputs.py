@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flexsparse import MaskError
-from flexsparse.masks.arguments import is_int
+from flexsparse.masks.arguments import at_least, is_int
 
 # of each batch row: rows of padding in front, and real tokens behind them
 Padding: TypeAlias = tuple[tuple[int, int], ...]
@@ -19,7 +19,7 @@ TILES = ("block_m", "block_n", "bwd_block_sizes", "d_splits", "inference")
 
 
 def refuse_unknown(name: str, given: Mapping[str, object]) -> None:
-    """Refuse keyword arguments that are not about kernels."""
+    """Refuse keyword arguments that are not about kernels, and tiles that are no sizes."""
     unknown = sorted(set(given) - set(TILES))
     if "out" in unknown:
         raise MaskError(f"{name}(out=...): there is no output to write to; take what it returns.")
@@ -27,6 +27,9 @@ def refuse_unknown(name: str, given: Mapping[str, object]) -> None:
         raise MaskError(
             f"{name} got {', '.join(unknown)}; besides its arguments it takes {', '.join(TILES)}."
         )
+    # of the tiles, these count when a length is rounded up
+    sizes = {tile: given[tile] for tile in ("block_m", "block_n") if given.get(tile) is not None}
+    at_least(name, 1, **sizes)
 
 
 def boolean(pattern: Tensor) -> Tensor:
@@ -69,7 +72,13 @@ def split(
     if v is None:
         if split_qkv is None:
             raise MaskError("v is None; give split_qkv, which takes the packed tensor apart.")
-        q, k, v = split_qkv(q) if k is None else (q, *split_qkv(k))
+        parts = tuple(split_qkv(q if k is None else k))
+        wanted = ("q", "k", "v") if k is None else ("k", "v")
+        if len(parts) != len(wanted):
+            raise MaskError(
+                f"split_qkv returned {len(parts)} tensors; it must return {', '.join(wanted)}."
+            )
+        q, k, v = parts if k is None else (q, *parts)
     if k is None:
         raise MaskError("k is None and v is not; give both, or neither and split_qkv.")
     return q, k, v

@@ -73,7 +73,13 @@ def get_sparse_attn_mask(
     at_least(name, 1, block_size=block_size, vert_stride=vert_stride, kv_seqlen=kv_seqlen)
     kind = vert_position_type or ("absolute" if causal else "relative")
     one_of(name, "vert_position_type", kind, ("absolute", "relative"))
-    left, right = (local_blocks, local_blocks) if isinstance(local_blocks, int) else local_blocks
+    pair = local_blocks if isinstance(local_blocks, (tuple, list)) else (local_blocks,) * 2
+    if len(pair) != 2:
+        raise MaskError(
+            f"{name}(local_blocks={local_blocks!r}): local_blocks must be an int of 1 or more, or "
+            "(left, right)."
+        )
+    left, right = pair
     at_least(name, 1, local_blocks=left)
     at_least(name, 1, local_blocks=right)
     starts = {
@@ -147,6 +153,19 @@ def combine_attn_partitions(*x: tuple[Tensor, Tensor], hdim: int = 1) -> Tensor:
             f"combine_attn_partitions got {len(x)} parts and hdim={hdim}; give two or more pairs "
             "(out, lse), and hdim 1 or 2."
         )
+    shapes = [tuple(tuple(tensor.shape) for tensor in part) for part in x]
+    for place, found in enumerate(shapes):
+        out = found[0]
+        if (
+            found != shapes[0]
+            or len(out) != 4
+            or found[1:] != ((out[0], out[hdim], out[3 - hdim]),)
+        ):
+            raise MaskError(
+                f"combine_attn_partitions: part {place} has the shapes {found}; each part must be "
+                "(out, lse) of the same shapes, lse [B, heads, q_len] and out of four dimensions, "
+                f"dimension {hdim} of which is the heads (hdim)."
+            )
     outs = torch.stack([out for out, _ in x])
     lse = torch.stack([part for _, part in x])
     lse = lse.transpose(2, 3) if hdim == 2 else lse

@@ -92,7 +92,7 @@ def _kinds(mask: Mask, grid: Grid, row: Tensor, column: Tensor) -> Tensor:
         starts.append(start + offset)
         bounds.append(Interval(start + offset, end - 1 + offset))
     zero = torch.zeros_like(row)
-    reading = interval_reading(mask)
+    reading = interval_reading(mask, grid)
     values: list[Any] = []
     forms: list[Form] = []
     for step in mask.steps:

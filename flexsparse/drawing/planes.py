@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.attention.flex_attention import BlockMask
 
+from flexsparse.arguments import block_sizes
 from flexsparse.cases import cases, needed
 from flexsparse.classify import Grid, classify
 from flexsparse.compiler import CompiledMask
@@ -72,12 +73,6 @@ def _of_masks(
     verb: str, masks: Mask | PerHead, at: Lengths, compiled: CompiledMask | None = None
 ) -> list[Plane]:
     size = 128 if at.block_size is None else at.block_size
-    sizes = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
-    if len(sizes) != 2 or not all(type(n) is int and n > 0 for n in sizes):
-        raise MaskError(
-            f"{verb}: block_size={size!r}; it must be an int of 1 or more, or a pair (of queries, "
-            "of keys)."
-        )
     looked_at = cases(
         verb,
         masks,
@@ -86,7 +81,7 @@ def _of_masks(
         batch=at.batch,
         n_heads=at.n_heads,
         q_offset=at.q_offset,
-        block_size=(sizes[0], sizes[1]),
+        block_size=block_sizes(f"{verb}: block_size", size),
     )
     names: dict[Mask, str] = {}
     owners: dict[Mask, list[Owner]] = {}

@@ -31,9 +31,13 @@ def full_layers(config: Any) -> list[int]:
     return [i for i in range(config.num_hidden_layers) if own_mask(config, i) == causal]
 
 
+def blocks(mask: Mask, length: int, head: int) -> int:
+    """Blocks of 128 x 128 tokens that a head computes under its mask at a length, in tokens."""
+    return _blocks(mask.at(h=head) if "h" in mask.variables else mask, length)
+
+
 @functools.lru_cache(maxsize=4096)
-def blocks(mask: Mask, length: int) -> int:
-    """Blocks of 128 x 128 tokens that one head computes at a length, in tokens."""
+def _blocks(mask: Mask, length: int) -> int:
     return compile_mask(mask, length, length, device="cpu").launches[0].classes.blocks
 
 
@@ -51,9 +55,10 @@ def plan_blocks(plan: SparsePlan, config: Any, length: int) -> tuple[int, int]:
             continue
         masks = masks_at(layer, length)
         own = own_mask(config, i)
-        heads = [masks[head] for head in range(masks.n_heads)]
-        computed += sum(blocks(own if mask == everything else own & mask, length) for mask in heads)
-        every += len(heads) * (-(-length // BLOCK)) ** 2
+        for head in range(masks.n_heads):
+            seen = own if masks[head] == everything else own & masks[head]
+            computed += blocks(seen, length, head)
+        every += masks.n_heads * (-(-length // BLOCK)) ** 2
     return computed, every
 
 

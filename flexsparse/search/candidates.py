@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,16 +33,17 @@ def candidates_for(length: int) -> list[Mask]:
 
 
 def costs_of(candidates: Sequence[Mask], config: Any, layers: Sequence[int], length: int) -> Tensor:
-    """int64[layers, candidates]: blocks that a head computes, within what its layer sees anyway.
+    """int64[layers x heads, candidates]: blocks a head computes, of what its layer sees anyway.
 
     Raises:
-        MaskError: a candidate hides everything from the heads of a layer.
+        MaskError: a candidate hides everything from a head.
     """
-    found = torch.zeros(len(layers), len(candidates), dtype=torch.int64, device="cpu")
-    for row, layer in enumerate(layers):
+    rows = []
+    for layer, head in itertools.product(layers, range(config.num_attention_heads)):
         own = own_mask(config, layer)
-        for column, mask in enumerate(candidates):
-            found[row, column] = blocks(own & mask, length)
-            if not found[row, column]:
-                raise MaskError(f"The candidate {shown(mask)} keeps no block in layer {layer}.")
-    return found
+        rows.append([blocks(own & mask, length, head) for mask in candidates])
+        if 0 in rows[-1]:
+            mask = candidates[rows[-1].index(0)]
+            where = f"head {head} of layer" if "h" in mask.variables else "layer"
+            raise MaskError(f"The candidate {shown(mask)} keeps no block in {where} {layer}.")
+    return torch.tensor(rows, device="cpu")

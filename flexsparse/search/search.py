@@ -109,7 +109,7 @@ def search(
     slots = [Slot(layer, head) for layer in layers for head in range(n_heads)]
     first = () if start is None else _masks_of(start, slots, length)
     candidates += [mask for mask in dict.fromkeys(first) if mask not in candidates]
-    costs = costs_of(candidates, config, layers, length).repeat_interleave(n_heads, 0)
+    costs = costs_of(candidates, config, layers, length)
     of_all = len(slots) * (-(-length // BLOCK)) ** 2
     budget = int(density * of_all)
     assign(costs.double(), costs, budget)  # refuses what nothing fits, before anything runs

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
+from flexsparse.arguments import INT_LIMIT
 from flexsparse.errors import MaskError
-from flexsparse.expr import INT_LIMIT, Expr, Index, Mask, Real, b, h, kv_idx, q_idx
+from flexsparse.expr import Expr, Index, Mask, Real, b, h, kv_idx, q_idx
 from flexsparse.interval import INTERVAL_READING, Interval, Truth, table_bounds
 from flexsparse.tensors import TENSOR_READING, Number, Opaque, Table
 
