@@ -4,13 +4,10 @@ An attention pattern is an expression of q_idx and kv_idx; each head has its own
 proves which blocks it keeps and runs it.
 """
 
-from flexsparse.checks import Check, check
 from flexsparse.compiler import CompiledMask, compile_mask
-from flexsparse.difference import Difference, diff
 from flexsparse.drawing import compare, draw, roofline, zoom
 from flexsparse.drop_in import create_block_mask
 from flexsparse.errors import ExecutorError, MaskError
-from flexsparse.explanation import Explanation, explain
 from flexsparse.expr import (
     Index,
     Mask,
@@ -30,9 +27,12 @@ from flexsparse.expr import (
 )
 from flexsparse.heads import PerHead, per_head
 from flexsparse.naming import pattern
+from flexsparse.packed.varlen import plan_varlen, varlen
 from flexsparse.parser import parse
+from flexsparse.questions.checks import Check, check
+from flexsparse.questions.difference import Difference, diff
+from flexsparse.questions.explanation import Explanation, explain
 from flexsparse.tracing import from_mask_mod
-from flexsparse.varlen import plan_varlen, varlen
 
 __version__ = "0.1.0"
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from torch.utils import _pytree as pytree
 
-from flexsparse.classify import BlockClasses, Grid
-from flexsparse.rectangles import Rectangles
+from flexsparse.analysis.classify import BlockClasses, Grid
+from flexsparse.analysis.rectangles import Rectangles
 
 ENTRIES_AT_ONCE = 1 << 21
 LARGE = 1 << 22  # entries, 16 MB

@@ -13,6 +13,8 @@ from torch.compiler import is_compiling
 from torch.nn.attention.flex_attention import BlockMask
 
 from flexsparse import report
+from flexsparse.analysis.classify import BlockClasses, Grid
+from flexsparse.analysis.validate import needs_int64
 from flexsparse.arguments import (
     LONGEST,
     MOST_HEADS,
@@ -22,7 +24,6 @@ from flexsparse.arguments import (
     usable_device,
 )
 from flexsparse.blocks import block_mask, write_kept_blocks
-from flexsparse.classify import BlockClasses, Grid
 from flexsparse.cost import Cost
 from flexsparse.default_device import cpu_by_default
 from flexsparse.dispatch import Modifiers, attend
@@ -36,7 +37,6 @@ from flexsparse.launch import Launch
 from flexsparse.lower import LoweredMask
 from flexsparse.tensors import ScoreMod
 from flexsparse.uncompiled import uncompiled
-from flexsparse.validate import needs_int64
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from flexsparse.classify import BlockClasses
+from flexsparse.analysis.classify import BlockClasses
 
 
 class Cost(NamedTuple):

@@ -11,17 +11,17 @@ from torch import Tensor
 from torch.nn.attention import flex_attention as torch_flex
 from torch.nn.attention.flex_attention import BlockMask
 
+from flexsparse.analysis.classify import BlockClasses, Grid, classify
+from flexsparse.analysis.rectangles import Rectangles
+from flexsparse.analysis.validate import needs_int64, problem
 from flexsparse.arguments import LONGEST, MOST_HEADS, block_sizes, check_size, usable_device
 from flexsparse.blocks import block_mask, write_kept_blocks
-from flexsparse.classify import BlockClasses, Grid, classify
 from flexsparse.default_device import cpu_by_default
 from flexsparse.errors import MaskError
 from flexsparse.expr import Mask
 from flexsparse.lower import lower
-from flexsparse.rectangles import Rectangles
 from flexsparse.tracing import from_mask_mod
 from flexsparse.uncompiled import uncompiled
-from flexsparse.validate import needs_int64, problem
 
 FULL_LISTS = ("full_kv_num_blocks", "full_kv_indices", "full_q_num_blocks", "full_q_indices")
 LISTS = ("kv_num_blocks", "kv_indices", "q_num_blocks", "q_indices", *FULL_LISTS)

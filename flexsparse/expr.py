@@ -22,8 +22,8 @@ from flexsparse.tensors import READABLE, TENSOR_READING, Opaque, Table
 from flexsparse.walks import postorder, rewritten
 
 if TYPE_CHECKING:
-    from flexsparse.checks import Check
-    from flexsparse.explanation import Explanation
+    from flexsparse.questions.checks import Check
+    from flexsparse.questions.explanation import Explanation
 
 VARIABLES = ("b", "h", "q_idx", "kv_idx")
 INT32_MAX = 2**31 - 1  # kernels count in int32
@@ -314,13 +314,13 @@ class Mask(Expr):
         q_offset: int | None = None,
     ) -> Check:
         """Look the mask over at given lengths: empty rows, unseen keys, tables, int32; print it."""
-        from flexsparse.checks import check
+        from flexsparse.questions.checks import check
 
         return check(self, q_len, kv_len, batch=batch, n_heads=n_heads, q_offset=q_offset)
 
     def explain(self, q: int, kv: int, h: int = 0, b: int = 0) -> Explanation:
         """Which terms keep or drop the pair of the query and the key at these positions."""
-        from flexsparse.explanation import explain
+        from flexsparse.questions.explanation import explain
 
         return explain(self, q, kv, h, b)
 

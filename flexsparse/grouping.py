@@ -13,17 +13,17 @@ from collections.abc import Hashable, Sequence
 
 import torch
 
-from flexsparse.classify import BlockClasses, Grid, classify
+from flexsparse.analysis.classify import BlockClasses, Grid, classify
+from flexsparse.analysis.normal_form import sink_and_window
+from flexsparse.analysis.unify import structure, unify
+from flexsparse.analysis.validate import problem
 from flexsparse.errors import MaskError
 from flexsparse.executors import flash
 from flexsparse.expr import Mask, kv_idx, q_idx
 from flexsparse.heads import PerHead
 from flexsparse.launch import LARGE_GRID, Launch
-from flexsparse.normal_form import sink_and_window
-from flexsparse.packing import PackedHeads, PackedTokens
+from flexsparse.packed.packing import PackedHeads, PackedTokens
 from flexsparse.text import shown
-from flexsparse.unify import structure, unify
-from flexsparse.validate import problem
 
 
 def launches(masks: PerHead, grid: Grid, device: torch.device) -> tuple[Launch, ...]:

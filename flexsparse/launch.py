@@ -12,19 +12,19 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention.flex_attention import BlockMask
 
+from flexsparse.analysis.classify import BlockClasses, Grid
+from flexsparse.analysis.hints import kernel_options
+from flexsparse.analysis.needed import needed
+from flexsparse.analysis.validate import needs_int64
 from flexsparse.blocks import CompactBlockMask, block_mask, write_kept_blocks
-from flexsparse.classify import BlockClasses, Grid
 from flexsparse.cost import Cost, cost
 from flexsparse.default_device import cpu_by_default
 from flexsparse.dropout import Dropout
 from flexsparse.executors import blockwise, flash, flex, gather, sdpa, streaming
 from flexsparse.expr import Mask
-from flexsparse.hints import kernel_options
 from flexsparse.lower import Lowering, lowering
-from flexsparse.needed import needed
-from flexsparse.packing import PackedTokens
+from flexsparse.packed.packing import PackedTokens
 from flexsparse.tensors import MaskMod, Opaque, ScoreMod
-from flexsparse.validate import needs_int64
 
 LARGE_GRID = 1 << 22  # blocks; lists of 16 MB
 

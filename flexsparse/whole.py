@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from flexsparse.analysis.interval import INTERVAL_READING, Interval, table_bounds
 from flexsparse.arguments import INT_LIMIT
 from flexsparse.expr import VARIABLES, Expr, Index, Mask
-from flexsparse.interval import INTERVAL_READING, Interval, table_bounds
 from flexsparse.tensors import Table
 from flexsparse.walks import postorder
 
 if TYPE_CHECKING:
-    from flexsparse.classify import Grid
+    from flexsparse.analysis.classify import Grid
 
 
 def whole_bounds(expr: Expr, grid: Grid) -> Iterator[tuple[Expr, Any]]:

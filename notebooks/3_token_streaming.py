@@ -65,7 +65,7 @@ for size in (128, 64, 32):
 # recognised however it is written:
 
 # %%
-from flexsparse.normal_form import sink_and_window
+from flexsparse.analysis.normal_form import sink_and_window
 
 spelled = [
     causal & (sink(4) | window(64)),

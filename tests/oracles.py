@@ -20,7 +20,7 @@ from flexsparse import (
     q_idx,
     where,
 )
-from flexsparse.classify import BlockClasses, Grid
+from flexsparse.analysis.classify import BlockClasses, Grid
 from flexsparse.expr import Index
 from flexsparse.tensors import Opaque
 

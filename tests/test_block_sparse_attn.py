@@ -168,7 +168,7 @@ def test_dropout_is_decided_by_the_generator_and_does_not_touch_the_lse(lens):
 @pytest.fixture
 def analyses(monkeypatch):
     """Counts calls of the analysis."""
-    from flexsparse import classify
+    from flexsparse.analysis import classify
 
     made = []
     reading = classify.interval_reading

@@ -18,8 +18,9 @@ from flexsparse import (
     per_head,
     q_idx,
 )
+from flexsparse.analysis.classify import Grid, classify
+from flexsparse.analysis.validate import needs_int64, problem
 from flexsparse.blocks import block_mask, write_kept_blocks
-from flexsparse.classify import Grid, classify
 from flexsparse.lower import lower
 from flexsparse.masks import (
     block_sparse,
@@ -34,7 +35,6 @@ from flexsparse.masks import (
     strided,
     window,
 )
-from flexsparse.validate import needs_int64, problem
 
 CPU = torch.device("cpu")
 IDS = torch.arange(4096) // 300

@@ -8,10 +8,10 @@ from hypothesis import HealthCheck, assume, given, settings
 from oracles import dense, dense_classes, grids, masks
 
 from flexsparse import MaskError, b, check, diff, h, kv_idx, lookup, per_head, q_idx
-from flexsparse.classify import classify
-from flexsparse.gaps import empty_rows, unseen_keys
+from flexsparse.analysis.classify import classify
+from flexsparse.analysis.validate import problem
 from flexsparse.masks import causal, full, padding, sink, window
-from flexsparse.validate import problem
+from flexsparse.questions.gaps import empty_rows, unseen_keys
 
 STREAMING = causal & (sink(4) | window(100))
 ONE_IN_THREE = ((q_idx - kv_idx) % 3).equals(0)

@@ -12,9 +12,9 @@ from flexsparse import compile_mask, kv_idx, q_idx
 from flexsparse.commands import main, real_model
 from flexsparse.commands.arguments import CommandError, duration, ratio
 from flexsparse.commands.demo import choose, mass_kept, synthetic_layer
+from flexsparse.drawing.terminal import Ink, picture, pooled_states
 from flexsparse.masks import causal, full, sink, window
 from flexsparse.progress import Progress
-from flexsparse.terminal import Ink, picture, pooled_states
 
 ASCII = Ink(".", "+", "#", ("", "", ""))
 STREAMING = "causal & (sink(64) | window(256))"

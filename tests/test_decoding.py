@@ -15,11 +15,11 @@ from oracles import assert_same_lists, dense, dense_classes, grids, masks, paint
 
 import flexsparse as fs
 from flexsparse import ExecutorError, MaskError, compile_mask, h, kv_idx, lookup, per_head, q_idx
+from flexsparse.analysis.classify import classify
+from flexsparse.analysis.validate import problem
 from flexsparse.blocks import block_mask, write_kept_blocks
-from flexsparse.classify import classify
 from flexsparse.executors import gather
 from flexsparse.masks import causal, padding, sink, window
-from flexsparse.validate import problem
 
 CPU = torch.device("cpu")
 STREAMING = causal & (sink(4) | window(100))

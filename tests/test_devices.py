@@ -11,7 +11,7 @@ import flexsparse as fs
 from flexsparse.compat.block_sparse_attn import block_sparse_attn_func, token_streaming_attn_func
 from flexsparse.executors import flash, flex, streaming
 from flexsparse.masks import block_sparse, causal, full, same_document, sink, strided, window
-from flexsparse.varlen import plan_varlen
+from flexsparse.packed.varlen import plan_varlen
 
 matplotlib.use("Agg")
 N = 300

@@ -18,8 +18,9 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 import flexsparse as fs
 from flexsparse import MaskError, compile_mask, h, kv_idx, lookup, per_head, q_idx
+from flexsparse.analysis.classify import Grid, classify
+from flexsparse.analysis.rectangles import Rectangles
 from flexsparse.blocks import block_mask, write_kept_blocks
-from flexsparse.classify import Grid, classify
 from flexsparse.drawing import Device, colours, compare, draw, html, paper, roofline, zoom
 from flexsparse.drawing.canvas import MOST_BYTES, canvas
 from flexsparse.drawing.density import kept_elements
@@ -27,10 +28,9 @@ from flexsparse.drawing.least_time import work
 from flexsparse.drawing.panels import ELEMENTS_EVALUATED, Panel, counted, panels
 from flexsparse.drawing.planes import Lengths, of_one_plane, planes
 from flexsparse.drawing.pools import Pools
+from flexsparse.drawing.terminal import pooled_states
 from flexsparse.drawing.words import percent, scaled, tokens
 from flexsparse.masks import block_sparse, causal, dilated, full, same_document, sink, window
-from flexsparse.rectangles import Rectangles
-from flexsparse.terminal import pooled_states
 
 STREAMING = causal & (sink(64) | window(256))
 MILLION = 1 << 20

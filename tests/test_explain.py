@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from oracles import dense, grids, masks
 
 from flexsparse import MaskError, explain, h, kv_idx, lookup, parse, per_head, q_idx
-from flexsparse.explanation import LEVELS_SHOWN
+from flexsparse.analysis.validate import problem
 from flexsparse.masks import causal, prefix, sink, window
-from flexsparse.validate import problem
+from flexsparse.questions.explanation import LEVELS_SHOWN
 
 STREAMING = causal & (sink(64) | window(256))
 PRINTED = """\

@@ -19,7 +19,7 @@ from flexsparse import kv_idx, q_idx
 from flexsparse.dropout import is_kept
 from flexsparse.executors import streaming
 from flexsparse.masks import causal, full, packed, same_document, sink, strided, window
-from flexsparse.varlen import plan_varlen
+from flexsparse.packed.varlen import plan_varlen
 
 DRY_RUN = os.environ.get("FLEXSPARSE_DRY_RUN") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not DRY_RUN else "cpu"

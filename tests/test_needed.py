@@ -6,9 +6,9 @@ from hypothesis import given
 from oracles import dense, grids, masks
 
 from flexsparse import compile_mask, everything, kv_idx, per_head
-from flexsparse.classify import Grid, classify
+from flexsparse.analysis.classify import Grid, classify
+from flexsparse.analysis.needed import needed
 from flexsparse.masks import block_sparse, causal, same_document, sink, window
-from flexsparse.needed import needed
 
 BLOCKS = torch.rand(5, 5, generator=torch.Generator().manual_seed(1)) < 0.5
 GRID = Grid(600, 600, 0, (128, 128), 1, (0,))

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexsparse import bit_xor, everything, from_mask_mod, h, kv_idx, lookup, nothing, q_idx
+from flexsparse.analysis.normal_form import FAR, Term, sink_and_window, terms
+from flexsparse.analysis.unify import structure, unify
 from flexsparse.masks import causal, same_document, sink, vertical_stripe, window
-from flexsparse.normal_form import FAR, Term, sink_and_window, terms
-from flexsparse.unify import structure, unify
 
 LENGTH = 12
 INDEX = torch.arange(LENGTH)

@@ -10,12 +10,12 @@ from oracles import dense, grids, masks
 from torch.nn.attention.flex_attention import create_mask
 
 from flexsparse import MaskError, compile_mask, h, kv_idx, per_head, q_idx
-from flexsparse.classify import Grid, classify
-from flexsparse.interval import INTERVAL_READING, Interval
+from flexsparse.analysis.classify import Grid, classify
+from flexsparse.analysis.interval import INTERVAL_READING, Interval
+from flexsparse.analysis.validate import problem
 from flexsparse.masks import causal, window
 from flexsparse.parser import parse
 from flexsparse.tracing import from_mask_mod
-from flexsparse.validate import problem
 
 CPU = torch.device("cpu")
 

@@ -12,7 +12,7 @@ from oracles import dense_classes, masks, painted
 import flexsparse as fs
 from flexsparse import ExecutorError, MaskError, b, kv_idx, lookup, per_head, q_idx
 from flexsparse.masks import block_sparse, causal, prefix, sink, window
-from flexsparse.varlen import PLANS_KEPT, plan_varlen, varlen
+from flexsparse.packed.varlen import PLANS_KEPT, plan_varlen, varlen
 
 Q_LENS, KV_LENS = [50, 0, 300, 129, 7], [70, 5, 300, 100, 0]
 
@@ -253,7 +253,7 @@ def test_no_queries_or_no_keys_is_no_error(q_lens, kv_lens):
 @pytest.fixture
 def analyses(monkeypatch):
     """Counts calls of the analysis."""
-    from flexsparse import classify
+    from flexsparse.analysis import classify
 
     made = []
     reading = classify.interval_reading
@@ -289,7 +289,7 @@ def test_a_plan_whose_table_was_written_to_is_made_again():
 
 
 def test_few_plans_are_kept():
-    from flexsparse.varlen import _plans
+    from flexsparse.packed.varlen import _plans
 
     for n in range(1, PLANS_KEPT + 9):
         plan_varlen(causal, ends([n, 3]), n_heads=1)

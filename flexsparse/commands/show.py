@@ -9,7 +9,7 @@ from typing import Any
 from flexsparse.arguments import LONGEST
 from flexsparse.commands.arguments import CommandError, positive, read_mask
 from flexsparse.compiler import CompiledMask, compile_mask
-from flexsparse.terminal import Ink, picture
+from flexsparse.drawing.terminal import Ink, picture
 
 MOST_BLOCKS = 1 << 20  # along the queries or the keys; the diagonal of so many takes seconds
 MASK_HELP = "a mask, quoted for the shell: 'causal & (sink(64) | window(256))'"

@@ -36,9 +36,9 @@ from flexsparse.compat.block_sparse_attn_heads import (
     refuse_lengths,
     streaming_numbers,
 )
-from flexsparse.cu_seqlens import first_positions, lengths
 from flexsparse.dropout import fresh_seed
-from flexsparse.varlen import PlanKey, VarlenMask, plan_of_lengths, refuse_unpacked
+from flexsparse.packed.cu_seqlens import first_positions, lengths
+from flexsparse.packed.varlen import PlanKey, VarlenMask, plan_of_lengths, refuse_unpacked
 
 __all__ = ["block_sparse_attn_func", "block_streaming_attn_func", "token_streaming_attn_func"]
 

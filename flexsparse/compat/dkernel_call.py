@@ -22,8 +22,8 @@ from flexsparse import (
     q_idx,
 )
 from flexsparse.compat import dkernel_inputs as inputs
+from flexsparse.packed.varlen import varlen
 from flexsparse.text import shown
-from flexsparse.varlen import varlen
 
 PLANS_KEPT = 64
 

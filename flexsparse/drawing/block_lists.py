@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from flexsparse.classify import Grid
+from flexsparse.analysis.classify import Grid
+from flexsparse.analysis.rectangles import Rectangles
 from flexsparse.errors import MaskError
-from flexsparse.rectangles import Rectangles
 
 ENTRIES_AT_ONCE = 1 << 21
 

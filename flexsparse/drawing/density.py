@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flexsparse.classify import Grid, interval_reading
+from flexsparse.analysis.classify import Grid, interval_reading
+from flexsparse.analysis.interval import Interval, Truth
 from flexsparse.expr import Mask, Step, kept_at
-from flexsparse.interval import Interval, Truth
 from flexsparse.tensors import Table
 
 MOST_BLOCKS = 1 << 19  # that are worth describing; each takes some hundred bytes

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from flexsparse.classify import BlockClasses
+from flexsparse.analysis.classify import BlockClasses
 from flexsparse.compiler import CompiledMask
 from flexsparse.default_device import cpu_by_default
 from flexsparse.drawing.colours import LIGHT, css

@@ -13,11 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flexsparse.classify import Grid
+from flexsparse.analysis.classify import Grid
+from flexsparse.analysis.rectangles import Rectangles
 from flexsparse.drawing.density import MOST_BLOCKS, kept_elements
 from flexsparse.drawing.plane import Blocks, Owner, Plane
 from flexsparse.drawing.pools import Pools
-from flexsparse.rectangles import Rectangles
 
 MOST_PANELS = 32
 ELEMENTS_EVALUATED = 1 << 25  # of all panels together; about half a second

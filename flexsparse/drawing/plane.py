@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flexsparse.classify import Grid
+from flexsparse.analysis.classify import Grid
+from flexsparse.analysis.rectangles import Rectangles
 from flexsparse.expr import Mask, kept_at
 from flexsparse.heads import counted
-from flexsparse.rectangles import Rectangles
 
 ELEMENTS_UP_TO = 64  # tokens; shorter masks are drawn element by element
 Owner = tuple[int | None, int | None]  # batch row and head; None: all of them

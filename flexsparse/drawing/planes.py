@@ -8,19 +8,19 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.attention.flex_attention import BlockMask
 
+from flexsparse.analysis.classify import Grid, classify
+from flexsparse.analysis.validate import problem
 from flexsparse.arguments import block_sizes
-from flexsparse.cases import cases, needed
-from flexsparse.classify import Grid, classify
 from flexsparse.compiler import CompiledMask
 from flexsparse.drawing.block_lists import grid_of, place_of, planes_of, rectangles_of
 from flexsparse.drawing.plane import Blocks, Owner, Plane
 from flexsparse.errors import MaskError
 from flexsparse.expr import Expr, Index, Mask
 from flexsparse.heads import PerHead
+from flexsparse.questions.cases import cases, needed
 from flexsparse.tensors import Table
 from flexsparse.text import shown
 from flexsparse.tracing import from_mask_mod
-from flexsparse.validate import problem
 from flexsparse.walks import rewritten
 
 

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flexsparse.classify import Grid
-from flexsparse.rectangles import Rectangles
+from flexsparse.analysis.classify import Grid
+from flexsparse.analysis.rectangles import Rectangles
 
 RECTANGLES_AT_ONCE = 1 << 18
 

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flexsparse.classify import Grid
+from flexsparse.analysis.classify import Grid
+from flexsparse.analysis.normal_form import documents_of, terms
 from flexsparse.expr import Expr, Mask
-from flexsparse.normal_form import documents_of, terms
 from flexsparse.tensors import Table
 from flexsparse.walks import postorder, rewritten
 

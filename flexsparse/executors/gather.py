@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.functional import scaled_dot_product_attention
 
-from flexsparse.classify import Grid
+from flexsparse.analysis.classify import Grid
 from flexsparse.dropout import Dropout
 from flexsparse.executors.sdpa import unsupported_extras
 from flexsparse.expr import Mask

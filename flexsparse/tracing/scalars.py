@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
+from flexsparse.analysis.interval import INTERVAL_READING, Interval, Truth, table_bounds
 from flexsparse.arguments import INT_LIMIT
 from flexsparse.errors import MaskError
 from flexsparse.expr import Expr, Index, Mask, Real, b, h, kv_idx, q_idx
-from flexsparse.interval import INTERVAL_READING, Interval, Truth, table_bounds
 from flexsparse.tensors import TENSOR_READING, Number, Opaque, Table
 
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)

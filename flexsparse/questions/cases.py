@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from flexsparse.analysis.classify import Grid
 from flexsparse.arguments import LONGEST, MOST_HEADS, check_position, check_size
-from flexsparse.classify import Grid
 from flexsparse.errors import MaskError
 from flexsparse.expr import Mask
 from flexsparse.heads import PerHead, not_a_mask

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from flexsparse.analysis.interval import INTERVAL_READING, Interval, Truth
+from flexsparse.analysis.pyramid import Pyramid
+from flexsparse.analysis.rectangles import Rectangles
 from flexsparse.expr import Mask, evaluate, kept_at
-from flexsparse.interval import INTERVAL_READING, Interval, Truth
-from flexsparse.pyramid import Pyramid
-from flexsparse.rectangles import Rectangles
 from flexsparse.tensors import Table
 from flexsparse.whole import loosely_truncated
 

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flexsparse import bits
-from flexsparse.pyramid import Pyramid
+from flexsparse.analysis import bits
+from flexsparse.analysis.pyramid import Pyramid
 from flexsparse.tensors import Number, Opaque, Table
 
 Bound = Any  # Tensor | int; torch's stubs do not type arithmetic between the two

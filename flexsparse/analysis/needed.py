@@ -6,7 +6,7 @@ decided which blocks are kept; where the diagonal cuts one, it is true throughou
 
 from __future__ import annotations
 
-from flexsparse.classify import BlockClasses, bound_cells, interval_reading
+from flexsparse.analysis.classify import BlockClasses, bound_cells, interval_reading
 from flexsparse.expr import Mask, everything
 from flexsparse.walks import conjuncts
 

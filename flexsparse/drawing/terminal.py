@@ -9,10 +9,10 @@ from typing import NamedTuple, TextIO
 import torch
 from torch import Tensor
 
-from flexsparse.classify import BlockClasses, Grid
+from flexsparse.analysis.classify import BlockClasses, Grid
+from flexsparse.analysis.rectangles import Rectangles
 from flexsparse.compiler import CompiledMask
 from flexsparse.expr import Mask, kept_at
-from flexsparse.rectangles import Rectangles
 
 ELEMENTS_UP_TO = 64  # tokens; shorter masks are drawn element by element
 MOST_COLUMNS = 64

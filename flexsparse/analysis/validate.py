@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from flexsparse.classify import Grid, classify
+from flexsparse.analysis.classify import Grid, classify
 from flexsparse.expr import INT32_MAX, Expr, Index, Mask, kept_at
 from flexsparse.tensors import Table
 from flexsparse.text import shown

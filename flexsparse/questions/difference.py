@@ -8,16 +8,16 @@ from typing import NamedTuple
 
 import torch
 
+from flexsparse.analysis.classify import BlockClasses, classify
+from flexsparse.analysis.rectangles import Rectangles
+from flexsparse.analysis.validate import problem
 from flexsparse.arguments import block_sizes
-from flexsparse.cases import Case, cases, needed
-from flexsparse.classify import BlockClasses, classify
 from flexsparse.default_device import cpu_by_default
 from flexsparse.errors import MaskError
 from flexsparse.expr import Mask, kept_at, nothing
 from flexsparse.heads import PerHead, not_a_mask
-from flexsparse.rectangles import Rectangles
+from flexsparse.questions.cases import Case, cases, needed
 from flexsparse.text import shorten, shown
-from flexsparse.validate import problem
 
 BLOCKS_SHOWN = 8
 NAME_WIDTH = 56

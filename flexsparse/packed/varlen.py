@@ -15,13 +15,13 @@ from torch import Tensor
 
 from flexsparse.arguments import MOST_HEADS, block_sizes, check_size, usable_device
 from flexsparse.compiler import CompiledMask, compile_mask
-from flexsparse.cu_seqlens import first_positions, lengths
 from flexsparse.default_device import cpu_by_default
 from flexsparse.dropout import Dropout, is_kept
 from flexsparse.errors import ExecutorError, MaskError
 from flexsparse.expr import Mask, everything
 from flexsparse.heads import PerHead, not_a_mask
-from flexsparse.packing import Pack, PackedTokens
+from flexsparse.packed.cu_seqlens import first_positions, lengths
+from flexsparse.packed.packing import Pack, PackedTokens
 from flexsparse.tensors import ScoreMod
 
 PLANS_KEPT = 64

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import torch
 
+from flexsparse.analysis.classify import BlockClasses, bound_cells, interval_reading
 from flexsparse.blocks import BlockLists, KeptBlocks
-from flexsparse.classify import BlockClasses, bound_cells, interval_reading
 from flexsparse.expr import Mask, kv_idx
 
 DECODING = 128  # queries: below, torch splits the keys of a row, and each part has a first block

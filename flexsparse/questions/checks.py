@@ -6,14 +6,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from flexsparse.cases import Case, cases, needed
-from flexsparse.classify import classify
+from flexsparse.analysis.classify import classify
+from flexsparse.analysis.validate import leaves_int32, problem
 from flexsparse.default_device import cpu_by_default
 from flexsparse.expr import Mask
-from flexsparse.gaps import Ranges, empty_rows, unseen_keys
 from flexsparse.heads import PerHead, counted
+from flexsparse.questions.cases import Case, cases, needed
+from flexsparse.questions.gaps import Ranges, empty_rows, unseen_keys
 from flexsparse.text import shorten, shown
-from flexsparse.validate import leaves_int32, problem
 from flexsparse.whole import whole_bounds
 
 RANGES_SHOWN = 6

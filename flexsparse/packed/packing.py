@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from flexsparse.classify import Grid
+from flexsparse.analysis.classify import Grid
 from flexsparse.expr import Index, Mask, kv_idx, lookup, maximum, minimum, q_idx
 from flexsparse.heads import PerHead
 from flexsparse.lower import padded

@@ -13,16 +13,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flexsparse.classify import (
+from flexsparse.analysis.classify import (
     CELLS_AT_ONCE,
     ELEMENTS_AT_ONCE,
     BlockClasses,
     Grid,
     interval_reading,
 )
+from flexsparse.analysis.interval import Interval, Truth
+from flexsparse.analysis.rectangles import Rectangles
 from flexsparse.expr import Mask, evaluate, kept_at
-from flexsparse.interval import Interval, Truth
-from flexsparse.rectangles import Rectangles
 
 GROUPS = 8  # parts of a block bounded as one
 WITNESSES = 16  # places looked at in a line of a block before all of it is

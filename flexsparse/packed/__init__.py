@@ -1,0 +1,1 @@
+"""Packed sequences: a mask inside each, as one mask of all tokens."""

@@ -1,0 +1,1 @@
+"""What is asked of a mask before it runs: check, diff, explain."""
