@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
 import math
 from typing import NamedTuple
 
@@ -77,23 +79,36 @@ def tiles_for(q: Tensor, v: Tensor, softcap: float, pack: int) -> Tiles:
     """The tile sizes for these dtypes, head dims, device and heads packed into a program."""
     if q.dtype == torch.float32:
         return FLOAT32_TILES
-    widest = max(q.shape[-1], v.shape[-1])
-    tiles = TILES[architecture(q.device), next(dim for dim in (64, 128, 256) if widest <= dim)]
-    fwd, dq, dkdv = tiles
+    arch, widest = architecture(q.device), max(q.shape[-1], v.shape[-1])
+    fwd, dq, dkdv = TILES[arch, next(dim for dim in (64, 128, 256) if widest <= dim)]
     if softcap > 0:  # its tanh takes registers
         fwd = fwd._replace(kv=min(fwd.kv, CAPPED_STEP))
         dq = dq._replace(kv=min(dq.kv, CAPPED_STEP), halves=1)
         dkdv = dkdv._replace(rows=min(dkdv.rows, CAPPED_STEP // (2 if widest > 128 else 1)))
-    if pack > 1:
+    # of packed heads a tile of both halves has few positions, so few keys to see in vain
+    if pack > 1 or (arch == 90 and halves_wait()):
         fwd, dq = one_tile(fwd), one_tile(dq)
     return Tiles(fwd, dq, dkdv)
 
 
 def one_tile(tile: Tile) -> Tile:
-    """Both halves as one tile: of packed heads it has few positions, so few keys to see in vain."""
+    """Both halves as one tile, if it has two."""
     if tile.halves == 1:
         return tile
     return tile._replace(rows=tile.rows * tile.halves, warps=8, halves=1)
+
+
+@functools.cache
+def halves_wait() -> bool:
+    """Whether triton's ptxas for sm_90 lets each wgmma of two halves wait for the one before.
+
+    That of triton 3.9 does, those of 3.6 and 3.7 do not.
+    """
+    try:
+        major, minor = importlib.metadata.version("triton").split(".")[:2]
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        return False
+    return (int(major), int(minor)) >= (3, 8)
 
 
 def cdiv(a: int, b: int) -> int:
