@@ -221,6 +221,14 @@ BOOK = torch.arange(5 * 120).view(5, 120)
 PAGES = torch.arange(4 * 10 * 20).view(4, 10, 20)
 
 
+def _can_vmap(operator):
+    try:
+        torch.vmap(operator)(torch.zeros(2))
+    except RuntimeError:
+        return False
+    return True
+
+
 def _in_place(b, h, q_idx, kv_idx):
     kept = q_idx >= kv_idx
     kept &= q_idx - kv_idx < 99
@@ -308,12 +316,15 @@ OPAQUE = {
     "hash": (lambda b, h, q, k: (q * 6364136223846793005 + k) >> 33 & 7 == 3, {"aten.mul"}),
     "power": (lambda b, h, q, k: 2.0 ** (q % 9) > k, {"aten.pow"}),
     "half": (lambda b, h, q, k: q.half() * 0.3 > k.half(), {"aten.mul"}),
-    "bits of floats": (
-        lambda b, h, q, k: q.float().view(torch.int32) >> 23 > k.float().view(torch.int32) >> 23,
-        {"aten.view"},
-    ),
     "cumsum": (lambda b, h, q, k: (BOOK[q // 120] * k).cumsum(0)[k % 99] > 9, {"aten.cumsum"}),
     "long sum": (lambda b, h, q, k: (DOCUMENTS * q).sum() % 1000 > k, {"aten.sum"}),
     "argmax": (lambda b, h, q, k: (PAIRS[k] - q).abs().argmax() == 0, {"aten.argmax"}),
     "sort": (lambda b, h, q, k: torch.stack([q, k]).half().sort()[0][0] > 90, {"aten.sort"}),
 }
+if _can_vmap(
+    lambda x: x.view(torch.int32)
+):  # torch 2.11 cannot, nor torch's create_block_mask there
+    OPAQUE["bits of floats"] = (
+        lambda b, h, q, k: q.float().view(torch.int32) >> 23 > k.float().view(torch.int32) >> 23,
+        {"aten.view"},
+    )

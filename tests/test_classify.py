@@ -3,15 +3,16 @@ import torch
 from hypothesis import given, settings
 from oracles import dense, dense_classes, grids, indices, masks, painted
 
-from flexsparse import b, from_mask_mod, h, kv_idx, lookup, q_idx, validate
-from flexsparse import classify as classify_module
+from flexsparse import b, from_mask_mod, h, kv_idx, lookup, q_idx
+from flexsparse.analysis import classify as classify_module
+from flexsparse.analysis import validate
 from flexsparse.analysis.classify import CELLS_TO_BEGIN_WITH, Grid, classify
 from flexsparse.analysis.rectangles import Rectangles
 from flexsparse.analysis.validate import find, problem
+from flexsparse.analysis.whole import leaves_int64, whole_bounds
 from flexsparse.expr import VARIABLES, Mask, evaluate
 from flexsparse.masks import causal, full, sink, window
 from flexsparse.tensors import TENSOR_READING
-from flexsparse.whole import leaves_int64, whole_bounds
 
 CPU = torch.device("cpu")
 

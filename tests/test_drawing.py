@@ -20,6 +20,7 @@ import flexsparse as fs
 from flexsparse import MaskError, compile_mask, h, kv_idx, lookup, per_head, q_idx
 from flexsparse.analysis.classify import Grid, classify
 from flexsparse.analysis.rectangles import Rectangles
+from flexsparse.analysis.validate import problem
 from flexsparse.blocks import block_mask, write_kept_blocks
 from flexsparse.drawing import Device, colours, compare, draw, html, paper, roofline, zoom
 from flexsparse.drawing.canvas import MOST_BYTES, canvas
@@ -92,7 +93,7 @@ def test_pools_count_every_block_and_element_once():
 @settings(max_examples=150)
 @given(masks, grids)
 def test_elements_of_partial_blocks_are_counted_exactly(mask, grid):
-    if grid.q_len * grid.kv_len > 65536 or fs.validate.problem(mask, grid, torch.device("cpu")):
+    if grid.q_len * grid.kv_len > 65536 or problem(mask, grid, torch.device("cpu")):
         return
     grid = grid._replace(heads=grid.heads[:1])
     mask = of_one_plane(mask, grid.batch - 1, grid.heads[0])

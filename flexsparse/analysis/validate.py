@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from flexsparse.analysis.classify import Grid, classify
+from flexsparse.analysis.whole import leaves_int64, whole_bounds
 from flexsparse.expr import INT32_MAX, Expr, Index, Mask, kept_at
 from flexsparse.tensors import Table
 from flexsparse.text import shown
-from flexsparse.whole import leaves_int64, whole_bounds
 
 
 def problem(mask: Mask, grid: Grid, device: torch.device | None) -> str | None:

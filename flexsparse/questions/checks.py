@@ -8,13 +8,13 @@ from typing import NamedTuple
 
 from flexsparse.analysis.classify import classify
 from flexsparse.analysis.validate import leaves_int32, problem
+from flexsparse.analysis.whole import whole_bounds
 from flexsparse.default_device import cpu_by_default
 from flexsparse.expr import Mask
 from flexsparse.heads import PerHead, counted
 from flexsparse.questions.cases import Case, cases, needed
 from flexsparse.questions.gaps import Ranges, empty_rows, unseen_keys
 from flexsparse.text import shorten, shown
-from flexsparse.whole import whole_bounds
 
 RANGES_SHOWN = 6
 TEXT_WIDTH = 72
