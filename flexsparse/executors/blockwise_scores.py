@@ -129,7 +129,7 @@ class Call:
     def hide_(self, s: Tensor, batch: Batch, *, with_zero: bool = False) -> Tensor:
         """Make the scores that are not kept -inf, or 0, in place, whatever they are.
 
-        By their bits: they may be NaN, and masked_fill takes 15 times as long.
+        By their bits: they may be NaN, and masked_fill takes many times as long.
         """
         if batch.edge is not None:
             kept, lost = batch.edge
