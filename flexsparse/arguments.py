@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flexsparse.errors import MaskError
 
-LONGEST = 2**31 - 1  # tokens or batch rows: kernels count in int32
+INT32_MAX = 2**31 - 1  # kernels count tokens and batch rows in int32
 INT_LIMIT = 2**61  # constants and positions beyond this could overflow int64 in the analysis
 MOST_HEADS = 2**16  # each is looked at by itself
 
@@ -42,10 +42,11 @@ def block_sizes(name: str, given: Any) -> tuple[int, int]:
     is_whole = (hasattr(n, "__index__") and not isinstance(n, (bool, Tensor)) for n in pair)
     if all(is_whole) and len(pair) == 2:
         q_size, kv_size = map(operator.index, pair)
-        if min(q_size, kv_size) >= 1 and max(q_size, kv_size) <= LONGEST:
+        if min(q_size, kv_size) >= 1 and max(q_size, kv_size) <= INT32_MAX:
             return q_size, kv_size
     raise MaskError(
-        f"{name}={given!r}; it must be an int of 1 to {LONGEST:,}, or a pair (of queries, of keys)."
+        f"{name}={given!r}; it must be an int of 1 to {INT32_MAX:,}, or a pair (of queries, of "
+        "keys)."
     )
 
 

@@ -16,7 +16,7 @@ from flexsparse import report
 from flexsparse.analysis.classify import BlockClasses, Grid
 from flexsparse.analysis.validate import needs_int64
 from flexsparse.arguments import (
-    LONGEST,
+    INT32_MAX,
     MOST_HEADS,
     block_sizes,
     check_position,
@@ -76,9 +76,9 @@ def compile_mask(
         MaskError: the mask cannot be compiled for these arguments; the text says what to change.
     """
     started = time.perf_counter()
-    check_size("q_len", q_len, LONGEST)
-    check_size("kv_len", kv_len, LONGEST)
-    check_size("batch", batch, LONGEST, optional=True)
+    check_size("q_len", q_len, INT32_MAX)
+    check_size("kv_len", kv_len, INT32_MAX)
+    check_size("batch", batch, INT32_MAX, optional=True)
     check_size("n_heads", n_heads, MOST_HEADS, optional=True)
     check_position("q_offset", q_offset, "query row 0", optional=True)
     masks = _as_per_head(mask, n_heads)

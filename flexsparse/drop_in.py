@@ -14,7 +14,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from flexsparse.analysis.classify import BlockClasses, Grid, classify
 from flexsparse.analysis.rectangles import Rectangles
 from flexsparse.analysis.validate import needs_int64, problem
-from flexsparse.arguments import LONGEST, MOST_HEADS, block_sizes, check_size, usable_device
+from flexsparse.arguments import INT32_MAX, MOST_HEADS, block_sizes, check_size, usable_device
 from flexsparse.blocks import block_mask, write_kept_blocks
 from flexsparse.default_device import cpu_by_default
 from flexsparse.errors import MaskError
@@ -65,10 +65,10 @@ def create_block_mask(
         newer: other arguments of the installed torch, at their default.
     """
     _known_by_torch(newer, compute_dq_write_order)
-    check_size("B", B, LONGEST, optional=True)
+    check_size("B", B, INT32_MAX, optional=True)
     check_size("H", H, MOST_HEADS, optional=True)
-    check_size("Q_LEN", Q_LEN, LONGEST)
-    check_size("KV_LEN", KV_LEN, LONGEST)
+    check_size("Q_LEN", Q_LEN, INT32_MAX)
+    check_size("KV_LEN", KV_LEN, INT32_MAX)
     blocks = block_sizes("BLOCK_SIZE", BLOCK_SIZE)
     if not isinstance(dq_kv_order, bool):
         raise MaskError(f"dq_kv_order={dq_kv_order!r}; it must be a bool.")

@@ -19,9 +19,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flexsparse.expr import INT32_MAX, VARIABLES, Index, Mask
+from flexsparse.arguments import INT32_MAX
+from flexsparse.expr import Index, Mask
 from flexsparse.tensors import CASTS, MaskMod, Opaque, Table
 from flexsparse.text import shown
+from flexsparse.tree import VARIABLES
 from flexsparse.walks import postorder
 
 

@@ -18,7 +18,6 @@ from typing import Any, NoReturn
 
 from flexsparse.errors import MaskError
 from flexsparse.expr import (
-    Expr,
     Index,
     Mask,
     as_index,
@@ -34,6 +33,7 @@ from flexsparse.expr import (
     where,
 )
 from flexsparse.text import INFIX, OR, SUM, UNARY
+from flexsparse.tree import Expr
 
 BUILTINS: dict[str, Any] = {
     "b": b,

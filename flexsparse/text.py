@@ -5,8 +5,8 @@ flexsparse.parser reads a formula back.
 
 from __future__ import annotations
 
-from flexsparse.expr import Expr
 from flexsparse.tensors import CASTS, Opaque
+from flexsparse.tree import Expr
 
 # binding strength, as in Python: a comparison binds more loosely than & | ^
 COMPARISON, OR, XOR, AND, SUM, PRODUCT, UNARY, ATOM = range(8)
@@ -25,13 +25,13 @@ INFIX = {
 }
 # A loop in a mask_mod may share its terms so that the text doubles with each turn: this many
 # characters are written, which is more than any mask written by hand has.
-LONGEST = 1 << 18
+MOST_WRITTEN = 1 << 18
 SHOWN = 256  # characters of a mask in a message, a label or a picture
 
 Part = str | tuple[Expr, int]  # characters, or an operand and how strongly it must bind
 
 
-def formula(expr: Expr, most: int = LONGEST) -> str:
+def formula(expr: Expr, most: int = MOST_WRITTEN) -> str:
     """The expression itself, in Python's syntax: '(kv_idx <= q_idx) & (q_idx - kv_idx < 4)'.
 
     Args:
@@ -41,7 +41,7 @@ def formula(expr: Expr, most: int = LONGEST) -> str:
     return _write(expr, use_labels=False, most=most)
 
 
-def named_text(expr: Expr, most: int = LONGEST) -> str:
+def named_text(expr: Expr, most: int = MOST_WRITTEN) -> str:
     """The expression in the names it was composed from, cut likewise: 'causal & window(4)'."""
     return _write(expr, use_labels=True, most=most)
 

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from flexsparse.expr import Expr, Mask
+    from flexsparse.expr import Mask
+    from flexsparse.tree import Expr
 
 
 def postorder(root: Expr) -> Iterator[Expr]:

@@ -10,9 +10,10 @@ from flexsparse.analysis.classify import CELLS_TO_BEGIN_WITH, Grid, classify
 from flexsparse.analysis.rectangles import Rectangles
 from flexsparse.analysis.validate import find, problem
 from flexsparse.analysis.whole import leaves_int64, whole_bounds
-from flexsparse.expr import VARIABLES, Mask, evaluate
+from flexsparse.expr import Mask
 from flexsparse.masks import causal, full, sink, window
 from flexsparse.tensors import TENSOR_READING
+from flexsparse.tree import VARIABLES, evaluate
 
 CPU = torch.device("cpu")
 

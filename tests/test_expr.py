@@ -31,9 +31,9 @@ from flexsparse import (
     per_head,
     q_idx,
 )
-from flexsparse.expr import evaluate
 from flexsparse.lower import lower
 from flexsparse.masks import causal, sink, window
+from flexsparse.tree import evaluate
 
 TABLE = torch.arange(8)
 ROWS, COLUMNS = torch.arange(8)[:, None], torch.arange(8)

@@ -17,6 +17,7 @@ ORDER = [
     {"errors", "arguments", "default_device", "uncompiled"},
     {"tensors", "bits", "rectangles"},
     {"walks"},
+    {"tree"},
     {"expr"},
     {"text", "heads", "pyramid", "naming", "normal_form", "unify"},
     {"parser"},

@@ -5,7 +5,7 @@ import pytest
 
 from flexsparse import MaskError, compile_mask, kv_idx, masks, parse, per_head, q_idx
 from flexsparse.masks import causal, sink, window
-from flexsparse.text import LONGEST, formula, shown
+from flexsparse.text import MOST_WRITTEN, formula, shown
 
 NAMES = vars(masks)
 READS = [
@@ -78,7 +78,7 @@ def test_a_text_that_doubles_with_each_term_is_cut():
     mask = causal
     for i in range(300):
         mask = mask | (mask & sink(i))
-    assert len(str(mask)) == len(mask.name) == LONGEST
+    assert len(str(mask)) == len(mask.name) == MOST_WRITTEN
     assert mask.name.startswith("causal | causal & sink(0) | (causal | causal & sink(0)) & sink(1)")
     assert mask.name.endswith("...")
     assert formula(mask, 20) == str(mask)[:17] + "..."
@@ -90,4 +90,4 @@ def test_dividing_does_not_write_the_dividend():
     index = q_idx
     for _ in range(300):
         index = index // 2 + index % 3
-    assert len(str(index)) == LONGEST
+    assert len(str(index)) == MOST_WRITTEN

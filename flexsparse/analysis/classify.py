@@ -18,8 +18,9 @@ from flexsparse.analysis.interval import INTERVAL_READING, Interval, Truth
 from flexsparse.analysis.pyramid import Pyramid
 from flexsparse.analysis.rectangles import Rectangles
 from flexsparse.analysis.whole import loosely_truncated
-from flexsparse.expr import Mask, evaluate, kept_at
+from flexsparse.expr import Mask
 from flexsparse.tensors import Table
+from flexsparse.tree import evaluate, kept_at
 
 SPLIT = 4  # a cell is split into SPLIT x SPLIT
 CELLS_TO_BEGIN_WITH = 1 << 8  # of each plane; so many take hardly longer than one

@@ -13,8 +13,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from flexsparse.expr import Expr, Mask
+from flexsparse.expr import Mask
 from flexsparse.tensors import Table
+from flexsparse.tree import Expr
 from flexsparse.walks import postorder
 
 FAR = 1 << 62  # no bound

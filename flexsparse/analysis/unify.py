@@ -12,7 +12,8 @@ from collections.abc import Hashable, Mapping
 
 import torch
 
-from flexsparse.expr import Expr, Index, Mask, h, lookup
+from flexsparse.expr import Index, Mask, h, lookup
+from flexsparse.tree import Expr
 from flexsparse.walks import postorder, rewritten
 
 

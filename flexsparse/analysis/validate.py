@@ -9,9 +9,11 @@ import torch
 
 from flexsparse.analysis.classify import Grid, classify
 from flexsparse.analysis.whole import leaves_int64, whole_bounds
-from flexsparse.expr import INT32_MAX, Expr, Index, Mask, kept_at
+from flexsparse.arguments import INT32_MAX
+from flexsparse.expr import Index, Mask
 from flexsparse.tensors import Table
 from flexsparse.text import shown
+from flexsparse.tree import Expr, kept_at
 
 
 def problem(mask: Mask, grid: Grid, device: torch.device | None) -> str | None:

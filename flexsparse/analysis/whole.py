@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from flexsparse.analysis.interval import INTERVAL_READING, Interval, table_bounds
 from flexsparse.arguments import INT_LIMIT
-from flexsparse.expr import VARIABLES, Expr, Index, Mask
+from flexsparse.expr import Index, Mask
 from flexsparse.tensors import Table
+from flexsparse.tree import VARIABLES, Expr
 from flexsparse.walks import postorder
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-from flexsparse.arguments import LONGEST
+from flexsparse.arguments import INT32_MAX
 from flexsparse.commands.arguments import CommandError, positive, read_mask
 from flexsparse.compiler import CompiledMask, compile_mask
 from flexsparse.drawing.terminal import Ink, picture
@@ -42,7 +42,7 @@ def compiled_from(args: argparse.Namespace, device: str = "cpu") -> CompiledMask
     """The mask of the command line, compiled."""
     mask = read_mask(args.mask)
     longest = max(args.q_len or args.kv_len, args.kv_len)
-    if MOST_BLOCKS * args.block_size < longest <= LONGEST:
+    if MOST_BLOCKS * args.block_size < longest <= INT32_MAX:
         raise CommandError(
             f"{longest:,} tokens are {-(-longest // args.block_size):,} blocks of "
             f"{args.block_size}, and at most {MOST_BLOCKS:,} in a row are looked at. Give a larger "

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from flexsparse.analysis.classify import Grid, interval_reading
 from flexsparse.analysis.interval import Interval, Truth
-from flexsparse.expr import Mask, Step, kept_at
+from flexsparse.expr import Mask
 from flexsparse.tensors import Table
+from flexsparse.tree import Step, kept_at
 
 MOST_BLOCKS = 1 << 19  # that are worth describing; each takes some hundred bytes
 ELEMENTS_AT_ONCE = 1 << 20

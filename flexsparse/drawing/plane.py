@@ -11,8 +11,9 @@ from torch import Tensor
 
 from flexsparse.analysis.classify import Grid
 from flexsparse.analysis.rectangles import Rectangles
-from flexsparse.expr import Mask, kept_at
+from flexsparse.expr import Mask
 from flexsparse.heads import counted
+from flexsparse.tree import kept_at
 
 ELEMENTS_UP_TO = 64  # tokens; shorter masks are drawn element by element
 Owner = tuple[int | None, int | None]  # batch row and head; None: all of them

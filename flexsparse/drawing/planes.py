@@ -15,12 +15,13 @@ from flexsparse.compiler import CompiledMask
 from flexsparse.drawing.block_lists import grid_of, place_of, planes_of, rectangles_of
 from flexsparse.drawing.plane import Blocks, Owner, Plane
 from flexsparse.errors import MaskError
-from flexsparse.expr import Expr, Index, Mask
+from flexsparse.expr import Index, Mask
 from flexsparse.heads import PerHead
 from flexsparse.questions.cases import cases, needed
 from flexsparse.tensors import Table
 from flexsparse.text import shown
 from flexsparse.tracing import from_mask_mod
+from flexsparse.tree import Expr
 from flexsparse.walks import rewritten
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from flexsparse.analysis.classify import BlockClasses, Grid
 from flexsparse.analysis.rectangles import Rectangles
 from flexsparse.compiler import CompiledMask
-from flexsparse.expr import Mask, kept_at
+from flexsparse.expr import Mask
+from flexsparse.tree import kept_at
 
 ELEMENTS_UP_TO = 64  # tokens; shorter masks are drawn element by element
 MOST_COLUMNS = 64

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from flexsparse.analysis.classify import Grid
 from flexsparse.analysis.normal_form import documents_of, terms
-from flexsparse.expr import Expr, Mask
+from flexsparse.expr import Mask
 from flexsparse.tensors import Table
+from flexsparse.tree import Expr
 from flexsparse.walks import postorder, rewritten
 
 

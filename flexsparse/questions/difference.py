@@ -14,10 +14,11 @@ from flexsparse.analysis.validate import problem
 from flexsparse.arguments import block_sizes
 from flexsparse.default_device import cpu_by_default
 from flexsparse.errors import MaskError
-from flexsparse.expr import Mask, kept_at, nothing
+from flexsparse.expr import Mask, nothing
 from flexsparse.heads import PerHead, not_a_mask
 from flexsparse.questions.cases import Case, cases, needed
 from flexsparse.text import shorten, shown
+from flexsparse.tree import kept_at
 
 BLOCKS_SHOWN = 8
 NAME_WIDTH = 56

@@ -10,10 +10,11 @@ import torch
 
 from flexsparse.default_device import cpu_by_default
 from flexsparse.errors import MaskError
-from flexsparse.expr import VARIABLES, Expr, Mask
+from flexsparse.expr import Mask
 from flexsparse.heads import PerHead, not_a_mask
 from flexsparse.tensors import TENSOR_READING, Table
 from flexsparse.text import formula, shorten, shown
+from flexsparse.tree import VARIABLES, Expr
 from flexsparse.walks import postorder
 
 COMBINING = ("&", "|", "^", "~", "where")

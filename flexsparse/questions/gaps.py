@@ -22,7 +22,8 @@ from flexsparse.analysis.classify import (
 )
 from flexsparse.analysis.interval import Interval, Truth
 from flexsparse.analysis.rectangles import Rectangles
-from flexsparse.expr import Mask, evaluate, kept_at
+from flexsparse.expr import Mask
+from flexsparse.tree import evaluate, kept_at
 
 GROUPS = 8  # parts of a block bounded as one
 WITNESSES = 16  # places looked at in a line of a block before all of it is

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from flexsparse.errors import MaskError
-from flexsparse.expr import Expr
 from flexsparse.tensors import Table
 from flexsparse.tracing.scalars import INTEGERS, Scalars, Untranslatable
+from flexsparse.tree import Expr
 
 Place = Any  # an int or an Index
 Places = tuple[Place, ...]

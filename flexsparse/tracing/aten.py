@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from flexsparse.expr import Expr
 from flexsparse.tracing.arrays import Array, Call, Places, Rule
 from flexsparse.tracing.moves import MOVES, UNROLL
 from flexsparse.tracing.scalars import FLOATS, INTEGERS, Untranslatable
+from flexsparse.tree import Expr
 
 
 def translate(name: str, call: Call) -> Array | list[Array] | None:

@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 import torch
 
-from flexsparse.expr import Expr
 from flexsparse.tracing.arrays import Array, Call, Place, Places, Rule, broadcast_shape
 from flexsparse.tracing.scalars import INTEGERS, Scalars, Untranslatable
+from flexsparse.tree import Expr
 
 UNROLL = 256  # entries that a reduction writes out
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from flexsparse.expr import VARIABLES, Expr
 from flexsparse.tensors import Opaque, Table
 from flexsparse.tracing.arrays import Array, Places
 from flexsparse.tracing.scalars import FLOATS, HALVES, INTEGERS, Scalars, Untranslatable
+from flexsparse.tree import VARIABLES, Expr
 
 ENTRIES_AT_ONCE = 1 << 24
 

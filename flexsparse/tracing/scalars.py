@@ -15,8 +15,9 @@ import torch
 from flexsparse.analysis.interval import INTERVAL_READING, Interval, Truth, table_bounds
 from flexsparse.arguments import INT_LIMIT
 from flexsparse.errors import MaskError
-from flexsparse.expr import Expr, Index, Mask, Real, b, h, kv_idx, q_idx
+from flexsparse.expr import Index, Mask, Real, b, h, kv_idx, q_idx
 from flexsparse.tensors import TENSOR_READING, Number, Opaque, Table
+from flexsparse.tree import Expr
 
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 FLOATS = (torch.float32, torch.float64)  # in which arithmetic is translated

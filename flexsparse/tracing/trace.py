@@ -20,9 +20,10 @@ import torch
 
 from flexsparse.arguments import usable_device
 from flexsparse.errors import MaskError
-from flexsparse.expr import VARIABLES, Mask
+from flexsparse.expr import Mask
 from flexsparse.tracing.stand_in import ReadsEntries, ValueNeededError
 from flexsparse.tracing.tracer import Tracer
+from flexsparse.tree import VARIABLES
 from flexsparse.uncompiled import uncompiled
 
 

@@ -11,13 +11,14 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flexsparse.errors import MaskError
-from flexsparse.expr import VARIABLES, Expr, Mask
+from flexsparse.expr import Mask
 from flexsparse.tensors import Table
 from flexsparse.tracing.arrays import Array, Call, Places, constant
 from flexsparse.tracing.aten import translate
 from flexsparse.tracing.opaque import Program, elementwise
 from flexsparse.tracing.scalars import NoRule, Scalars, Untranslatable
 from flexsparse.tracing.stand_in import StandIn, ValueNeededError, described
+from flexsparse.tree import VARIABLES, Expr
 
 
 class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -14,21 +14,12 @@ import torch
 from torch import Tensor
 
 from flexsparse.compiler import CompiledMask, compile_mask
-from flexsparse.expr import (
-    Expr,
-    Index,
-    Mask,
-    b,
-    everything,
-    kv_idx,
-    lookup,
-    maximum,
-    q_idx,
-)
+from flexsparse.expr import Index, Mask, b, everything, kv_idx, lookup, maximum, q_idx
 from flexsparse.heads import PerHead, per_head
 from flexsparse.masks import causal
 from flexsparse.tensors import Table
 from flexsparse.tracing import from_mask_mod
+from flexsparse.tree import Expr
 from flexsparse.walks import conjuncts, rewritten
 
 ALWAYS = q_idx >= 0  # what transformers writes for "no mask"
