@@ -35,6 +35,17 @@ def check_position(name: str, position: Any, what: str, *, optional: bool = Fals
         raise MaskError(f"{name}={position}; positions must be within 2**61.")
 
 
+def check_grid(
+    where: str, q_len: Any, kv_len: Any, batch: Any, n_heads: Any, q_offset: Any
+) -> None:
+    """Refuse what is no place to look at a mask; errors begin with `where`."""
+    check_size(f"{where}q_len", q_len, INT32_MAX)
+    check_size(f"{where}kv_len", kv_len, INT32_MAX)
+    check_size(f"{where}batch", batch, INT32_MAX, optional=True)
+    check_size(f"{where}n_heads", n_heads, MOST_HEADS, optional=True)
+    check_position(f"{where}q_offset", q_offset, "query row 0", optional=True)
+
+
 def block_sizes(name: str, given: Any) -> tuple[int, int]:
     """A block size, or a pair of them, as (tokens of queries, tokens of keys)."""
     pair = tuple(given) if isinstance(given, (tuple, list)) else (given, given)

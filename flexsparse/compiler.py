@@ -15,18 +15,11 @@ from torch.nn.attention.flex_attention import BlockMask
 from flexsparse import report
 from flexsparse.analysis.classify import BlockClasses, Grid
 from flexsparse.analysis.validate import needs_int64
-from flexsparse.arguments import (
-    INT32_MAX,
-    MOST_HEADS,
-    block_sizes,
-    check_position,
-    check_size,
-    usable_device,
-)
+from flexsparse.arguments import block_sizes, check_grid, check_position, usable_device
 from flexsparse.blocks import block_mask, write_kept_blocks
 from flexsparse.cost import Cost
 from flexsparse.default_device import cpu_by_default
-from flexsparse.dispatch import Modifiers, attend
+from flexsparse.dispatch import attend
 from flexsparse.dropout import Dropout
 from flexsparse.errors import MaskError
 from flexsparse.expr import Mask
@@ -35,6 +28,7 @@ from flexsparse.heads import PerHead, not_a_mask
 from flexsparse.inputs import mismatch
 from flexsparse.launch import Launch
 from flexsparse.lower import LoweredMask
+from flexsparse.modifiers import Modifiers
 from flexsparse.tensors import ScoreMod
 from flexsparse.uncompiled import uncompiled
 
@@ -76,11 +70,7 @@ def compile_mask(
         MaskError: the mask cannot be compiled for these arguments; the text says what to change.
     """
     started = time.perf_counter()
-    check_size("q_len", q_len, INT32_MAX)
-    check_size("kv_len", kv_len, INT32_MAX)
-    check_size("batch", batch, INT32_MAX, optional=True)
-    check_size("n_heads", n_heads, MOST_HEADS, optional=True)
-    check_position("q_offset", q_offset, "query row 0", optional=True)
+    check_grid("", q_len, kv_len, batch, n_heads, q_offset)
     masks = _as_per_head(mask, n_heads)
     n_heads = masks.n_heads if isinstance(mask, PerHead) else n_heads
     blocks = block_sizes("block_size", block_size)
@@ -330,8 +320,8 @@ def _as_per_head(mask: Mask | PerHead, n_heads: int | None) -> PerHead:
 
 def _device(masks: PerHead, device: torch.device | str | None) -> torch.device:
     if device is None:
-        devices = [mask.device for mask in masks.distinct if mask.device is not None]
-        return devices[0] if devices else torch.get_default_device()
+        of_tables = (mask.device for mask in masks.distinct)
+        return next(filter(None, of_tables), None) or torch.get_default_device()
     return usable_device(device)
 
 

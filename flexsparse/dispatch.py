@@ -2,70 +2,19 @@
 
 from __future__ import annotations
 
-import inspect
-import math
+import contextlib
 from collections.abc import Iterable, Sequence
-from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from flexsparse.dropout import Dropout
 from flexsparse.errors import ExecutorError, MaskError
 from flexsparse.executors import blockwise, flash, flex, gather, reference, sdpa, streaming
-from flexsparse.launch import Launch
-from flexsparse.lower import padded
-from flexsparse.tensors import ScoreMod
+from flexsparse.launch import Launch, refuse_unknown
+from flexsparse.modifiers import Modifiers, no_score_mod
 
 DENSE = 'executor="reference" can, and computes every pair of query and key.'
-
-
-class Modifiers(NamedTuple):
-    """What a call does besides its mask; score_mod and dropout count heads and rows as q does."""
-
-    scale: float | None
-    score_mod: ScoreMod | None
-    dropout: Dropout | None
-    return_lse: bool
-
-    def checked(self) -> Modifiers:
-        """The same, its scale a float.
-
-        Raises:
-            MaskError: scale is not a finite number, or score_mod is not a function.
-        """
-        scale = self.scale
-        if isinstance(scale, Tensor):
-            raise MaskError(
-                f"scale is a tensor {tuple(scale.shape)}; it takes a number, and gives no "
-                "gradient. For a scale that learns, multiply q by it and pass scale=1.0."
-            )
-        if self.score_mod is not None and not callable(self.score_mod):
-            raise MaskError(
-                f"score_mod={self.score_mod!r}; it must be a function of (score, b, h, q_idx, "
-                "kv_idx) that returns the new score."
-            )
-        if scale is None:
-            return self
-        if not isinstance(scale, Real) or isinstance(scale, bool) or not _is_finite(scale):
-            raise MaskError(
-                f"scale={scale!r}; it must be a finite number. None is 1 / sqrt(head_dim)."
-            )
-        return self._replace(scale=float(scale))
-
-    def of_heads(self, heads: Sequence[int], device: torch.device) -> Modifiers:
-        """The same for a launch whose head i is head heads[i] of q."""
-        if list(heads) == list(range(len(heads))):
-            return self
-        return self._replace(
-            score_mod=self.score_mod and _at_heads(self.score_mod, heads, device),
-            dropout=self.dropout and self.dropout.of_heads(heads, device),
-        )
-
-
-def _is_finite(number: Real) -> bool:
-    return -math.inf < float(number) < math.inf
 
 
 def attend(
@@ -89,34 +38,24 @@ def attend(
         out [B, n_heads, q_len, Dv], and the LSE [B, n_heads, q_len] or None.
     """
     modifiers = modifiers.checked()
+    refuse_unknown(executor)
     if not q.shape[0]:
         return _of_no_rows(q, k, v)
-    if _is_autocast(q):
+    casts = _is_autocast(q)
+    if casts:
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-        with torch.autocast(q.device.type, enabled=False):
-            return _attend(launches, q, k, v, modifiers, executor)
-    return _attend(launches, q, k, v, modifiers, executor)
-
-
-def _attend(
-    launches: Sequence[Launch],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    modifiers: Modifiers,
-    executor: str | None,
-) -> tuple[Tensor, Tensor | None]:
-    if modifiers.score_mod is None or torch.compiler.is_compiling():
-        return _run_all(launches, q, k, v, modifiers, executor)
-    try:
-        return _run_all(launches, q, k, v, modifiers, executor)
-    except Exception as error:
-        # only now, because to try a score_mod takes as long as a small call
-        reason = _no_score_mod(modifiers.score_mod, q)
-        if reason is None:
-            raise
-        raise MaskError(reason) from error
+    with torch.autocast(q.device.type, enabled=False) if casts else contextlib.nullcontext():
+        if modifiers.score_mod is None or torch.compiler.is_compiling():
+            return _run_all(launches, q, k, v, modifiers, executor)
+        try:
+            return _run_all(launches, q, k, v, modifiers, executor)
+        except Exception as error:
+            # only now, because to try a score_mod takes as long as a small call
+            reason = no_score_mod(modifiers.score_mod, q)
+            if reason is None:
+                raise
+            raise MaskError(reason) from error
 
 
 def _run_all(
@@ -167,24 +106,6 @@ def _of_no_rows(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return scores @ v, scores.sum(-1).float()
 
 
-def _no_score_mod(score_mod: ScoreMod, q: Tensor) -> str | None:
-    """Why this is no score_mod, as a sentence, or None if it is one or raises an error itself."""
-    name = getattr(score_mod, "__name__", type(score_mod).__name__)
-    takes = "score_mod takes (score, b, h, q_idx, kv_idx) and returns the new score, a tensor"
-    try:
-        inspect.signature(score_mod).bind(*"sbhqk")
-    except TypeError:
-        return f"{takes}; {name}{inspect.signature(score_mod)} takes something else."
-    except ValueError:
-        pass  # a builtin, which has no signature
-    zero = torch.zeros((), dtype=torch.int64, device=q.device)
-    try:
-        score = score_mod(q.new_zeros(()), zero, zero, zero, zero)
-    except Exception:
-        return None
-    return None if isinstance(score, Tensor) else f"{takes}; {name} returned {score!r}."
-
-
 def _parts(
     launch: Launch, n_heads: int, n_kv_heads: int
 ) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -233,7 +154,7 @@ def _run(
             k,
             v,
             *launch.sinks_and_windows(heads),
-            **launch.positions,
+            launch.positions,
             scale=scale,
             max_sink=max(sink for sink, _ in launch.streams),
         )
@@ -270,8 +191,6 @@ def _choose(
             f"No executor that skips blocks can run this call: {reasons['blockwise']}. {DENSE}"
         )
     reasons = dict(found)
-    if executor not in list(reasons):  # a dict takes no list, which is a mistake too
-        raise ExecutorError(f"There is no executor {executor!r}; there are {', '.join(reasons)}.")
     if reasons[executor] is not None:
         chosen = next(name for name, reason in reasons.items() if reason is None)
         fix = f"Drop executor= to let flexsparse choose (it would choose {chosen})."
@@ -296,16 +215,6 @@ def _take_heads(x: Tensor, heads: Sequence[int]) -> Tensor:
     if tuple(heads) == tuple(range(first, first + n)):
         return x if n == x.shape[1] else x.narrow(1, first, n)
     return x[:, list(heads)]
-
-
-def _at_heads(score_mod: ScoreMod, heads: Sequence[int], device: torch.device) -> ScoreMod:
-    """A score_mod of query heads as one of the heads of a launch."""
-    table = padded(torch.tensor(heads, device=device))
-
-    def at_heads(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return score_mod(score, b, table[h], q_idx, kv_idx)
-
-    return at_heads
 
 
 def _in_head_order(results: Sequence[Tensor], heads: Sequence[int]) -> Tensor:

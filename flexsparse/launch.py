@@ -20,6 +20,7 @@ from flexsparse.blocks import CompactBlockMask, block_mask, write_kept_blocks
 from flexsparse.cost import Cost, cost
 from flexsparse.default_device import cpu_by_default
 from flexsparse.dropout import Dropout
+from flexsparse.errors import ExecutorError
 from flexsparse.executors import blockwise, flash, flex, gather, sdpa, streaming
 from flexsparse.expr import Mask
 from flexsparse.lower import Lowering, lowering
@@ -27,6 +28,13 @@ from flexsparse.packed.packing import PackedTokens
 from flexsparse.tensors import MaskMod, Opaque, ScoreMod
 
 LARGE_GRID = 1 << 22  # blocks; lists of 16 MB
+EXECUTORS = ("sdpa", "flash", "streaming", "gather", "flex", "blockwise", "reference")
+
+
+def refuse_unknown(executor: str | None) -> None:
+    """Raise ExecutorError unless it names an executor, or is None."""
+    if executor is not None and executor not in EXECUTORS:
+        raise ExecutorError(f"There is no executor {executor!r}; there are {', '.join(EXECUTORS)}.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +122,7 @@ class Launch:
             no_streams
             or transformed
             or streaming.unsupported(
-                q, k, v, *self.sinks_and_windows(range(q.shape[1])), **self.positions
+                q, k, v, *self.sinks_and_windows(range(q.shape[1])), self.positions
             ),
         )
         yield "gather", self._not_gathered(q.device, **asked)
@@ -197,9 +205,11 @@ class Launch:
         return self._numbers[key]
 
     @property
-    def positions(self) -> dict[str, Any]:
-        """Where the queries stand, as the arguments of `streaming_attention` that say so."""
-        return {"q_offset": self.grid.q_offset} if self.tokens is None else self.tokens.positions
+    def positions(self) -> streaming.Positions:
+        """Where sequences begin and queries stand, as the streaming kernels take it."""
+        if self.tokens is not None:
+            return self.tokens.positions
+        return streaming.Positions(q_offset=self.grid.q_offset)
 
     @functools.cached_property
     @cpu_by_default()

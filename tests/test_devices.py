@@ -178,12 +178,12 @@ def test_packed_sequences(cuda):
         close(mine, expected)
 
 
-def streaming_run(q, k, v, sink, window, *, cu_seqlens_q, cu_seqlens_k, q_offset, scale, max_sink):
+def streaming_run(q, k, v, sink, window, positions, *, scale, max_sink):
     """What the streaming kernels compute, sequence by sequence."""
     assert q.is_cuda
-    assert all(x.is_cuda for x in (sink, window, cu_seqlens_q, cu_seqlens_k, q_offset))
+    assert all(x.is_cuda for x in (sink, window, *positions[:3]))
     out, lse = torch.full_like(q, torch.nan), torch.full_like(q[..., 0], -torch.inf)
-    q_ends, kv_ends, firsts = (x.tolist() for x in (cu_seqlens_q, cu_seqlens_k, q_offset))
+    q_ends, kv_ends, firsts = (x.tolist() for x in positions[:3])
     s, w = sink[:, None, None], window[:, None, None]
     for i, first in enumerate(firsts):
         rows, keys = slice(*q_ends[i : i + 2]), slice(*kv_ends[i : i + 2])

@@ -12,6 +12,7 @@ from flexsparse import ExecutorError, compile_mask, everything, h, kv_idx, per_h
 from flexsparse.analysis.classify import Grid
 from flexsparse.dropout import Dropout, is_kept
 from flexsparse.executors import flash, flex
+from flexsparse.launch import EXECUTORS
 from flexsparse.masks import causal, packed, same_document, sink, window
 
 CPU = torch.device("cpu")
@@ -29,6 +30,20 @@ def grid(q_len=20, kv_len=20, q_offset=None):
     return Grid(
         q_len, kv_len, kv_len - q_len if q_offset is None else q_offset, (128, 128), 1, (0,)
     )
+
+
+def test_a_launch_says_of_each_executor_whether_it_can_run():
+    q, k, v = inputs(2, 1, 20)
+    found = compile_mask(causal, 20, 20).launches[0].executors(q, k, v)
+    assert tuple(name for name, _ in found) == EXECUTORS
+
+
+@pytest.mark.parametrize("batch", [0, 2])
+@pytest.mark.parametrize("executor", ["fast", ["flex"]])
+def test_an_executor_that_there_is_not_is_refused(executor, batch):
+    attend, (q, k, v) = compile_mask(causal, 20, 20), inputs(2, 1, 20, batch=batch)
+    with pytest.raises(ExecutorError, match=r"There is no executor .*; there are sdpa, flash"):
+        attend(q, k, v, executor=executor)
 
 
 # ---- which heads run together

@@ -29,6 +29,7 @@ ORDER = [
     {"executors", "dropout"},
     {"packing"},
     {"launch"},
+    {"modifiers"},
     {"grouping", "dispatch"},
     {"report", "inputs", "progress"},
     {"compiler"},

@@ -11,6 +11,7 @@ from oracles import dense_classes, masks, painted
 
 import flexsparse as fs
 from flexsparse import ExecutorError, MaskError, b, kv_idx, lookup, per_head, q_idx
+from flexsparse.executors.streaming import Positions
 from flexsparse.masks import block_sparse, causal, prefix, sink, window
 from flexsparse.packed.varlen import PLANS_KEPT, plan_varlen, varlen
 
@@ -191,14 +192,16 @@ def test_streams_of_packed_sequences_are_of_all_of_them_alone():
     compiled = pickle.loads(pickle.dumps(plan.compiled))
     (launch,) = compiled.launches
     assert launch.streams == ((3, 9),)
-    assert {name: x.tolist() for name, x in launch.positions.items()} == {
+    assert {
+        name: x.tolist() for name, x in launch.positions._asdict().items() if x is not None
+    } == {
         "cu_seqlens_q": [0, 30, 50],
         "cu_seqlens_k": [0, 40, 60],
         "q_offset": [10, 0],
     }
     for part in (compiled.at(20, 60, 0), compiled.row(3)):
         assert part.launches[0].streams is None
-        assert part.launches[0].positions == {"q_offset": part.q_offset}
+        assert part.launches[0].positions == Positions(q_offset=part.q_offset)
 
 
 def test_no_block_where_sequences_meet_is_evaluated_element_by_element():

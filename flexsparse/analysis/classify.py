@@ -206,7 +206,14 @@ def bound_cells(
             (column, grid.block_size[1], grid.kv_len, 0),
         )
     )
-    b, h = _batch_and_head(grid, plane)
+    return bound_places(mask, reading, grid, plane, q, kv)
+
+
+def bound_places(
+    mask: Mask, reading: dict[str, Any], grid: Grid, plane: Tensor, q: Interval, kv: Interval
+) -> tuple[Tensor, Tensor]:
+    """The same for positions of queries and keys, an interval of each with the plane it is in."""
+    b, h = batch_and_head(grid, plane)
     variables: dict[str, Any] = {
         "b": Interval(b, b),
         "h": Interval(h, h),
@@ -218,7 +225,8 @@ def bound_cells(
     return always, ever
 
 
-def _batch_and_head(grid: Grid, plane: Tensor) -> tuple[Tensor, Tensor]:
+def batch_and_head(grid: Grid, plane: Tensor) -> tuple[Tensor, Tensor]:
+    """The batch row and the head of each plane."""
     heads = torch.tensor(grid.heads)
     return plane // len(heads), heads[plane % len(heads)]
 
@@ -276,7 +284,7 @@ def _look(
         # elements past a ragged end repeat the last one, which changes neither `any` nor `all`
         q = (row * grid.block_size[0] + q_steps[:, None]).clamp(max=grid.q_len - 1) + grid.q_offset
         kv = (column * grid.block_size[1] + kv_steps).clamp(max=grid.kv_len - 1)
-        b, h = _batch_and_head(grid, plane)
+        b, h = batch_and_head(grid, plane)
         kept = kept_at(mask, {"b": b, "h": h, "q_idx": q, "kv_idx": kv})
         kept = kept.expand(len(plane), len(q_steps), len(kv_steps)).flatten(1)
         found_some.append(kept.any(1))

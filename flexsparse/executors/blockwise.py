@@ -24,7 +24,8 @@ from torch.nn.attention.flex_attention import BlockMask, noop_mask
 
 from flexsparse.dropout import Dropout
 from flexsparse.executors.blockwise_schedule import Sizes
-from flexsparse.executors.blockwise_scores import Call, captured_by
+from flexsparse.executors.blockwise_scores import Call
+from flexsparse.executors.captured import captured_by
 
 Mod = Callable[..., Tensor]
 

@@ -17,7 +17,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from flexsparse.dropout import Dropout
 from flexsparse.executors import flex_cpu
-from flexsparse.executors.blockwise_scores import captured_by
+from flexsparse.executors.captured import captured_by
 from flexsparse.tensors import ScoreMod
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,19 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
+class Positions(NamedTuple):
+    """Where sequences begin, their queries stand and their keys lie; see `streaming_attention`."""
+
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
+    q_offset: int | Tensor | None = None
+    page_table: Tensor | None = None
+    kv_lens: Tensor | None = None
+
+
+AT_THE_END = Positions()  # one sequence a batch row, whose last query stands at its last key
+
+
 def missing() -> str | None:
     """Why the kernels cannot be used here, as a sentence, or None if they can."""
     if not _HAS_TRITON:
@@ -40,14 +53,10 @@ def unsupported(
     v: Tensor,
     sink: Tensor,
     window: Tensor,
-    *,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    q_offset: int | Tensor | None = None,
-    page_table: Tensor | None = None,
-    kv_lens: Tensor | None = None,
+    positions: Positions = AT_THE_END,
 ) -> str | None:
     """Why these kernels cannot run these inputs, as a sentence, or None if they can."""
+    cu_seqlens_q, cu_seqlens_k, _, page_table, kv_lens = positions
     reason = missing() or _unsupported_device(q)
     if reason is not None:
         return reason
@@ -100,20 +109,14 @@ def unsupported(
             return "cu_seqlens_q and cu_seqlens_k need the same length, the number of sequences + 1"
     if page_table is not None and (page_table.dim() != 2 or page_table.shape[0] != n_seqs):
         return f"page_table is {list(page_table.shape)}; the kernel takes [{n_seqs}, pages per row]"
-    numbers = {
-        "cu_seqlens_q": cu_seqlens_q,
-        "cu_seqlens_k": cu_seqlens_k,
-        "page_table": page_table,
-        "kv_lens": kv_lens,
-        "q_offset": q_offset,
-    }
-    for name, x in numbers.items():  # type: ignore[assignment]
+    numbers = positions._asdict()
+    for name, x in numbers.items():
         if isinstance(x, Tensor) and (x.dtype != torch.int32 or not x.is_contiguous()):
             return f"{name} is {x.dtype}, strides {x.stride()}; the kernel takes contiguous int32"
         if isinstance(x, Tensor) and name in ("kv_lens", "q_offset") and x.shape != (n_seqs,):
             return f"{name} is {list(x.shape)}; it must be one number per sequence, [{n_seqs}]"
     others = {"k": k, "v": v, "sink": sink, "window": window} | numbers
-    for name, x in others.items():  # type: ignore[assignment]
+    for name, x in others.items():
         if isinstance(x, Tensor) and x.device != q.device:
             return f"{name} is on {x.device} but q is on {q.device}; move one of them"
     return None
@@ -187,14 +190,8 @@ def streaming_attention(
     Source: attention sinks are StreamingLLM's (arXiv 2309.17453), the walk over tiles with an
         online softmax is FlashAttention-2's (arXiv 2307.08691), split decoding Flash-Decoding's.
     """
-    positions: dict[str, Any] = {
-        "cu_seqlens_q": cu_seqlens_q,
-        "cu_seqlens_k": cu_seqlens_k,
-        "q_offset": q_offset,
-        "page_table": page_table,
-        "kv_lens": kv_lens,
-    }
-    reason = unsupported(q, k, v, sink, window, **positions)
+    positions = Positions(cu_seqlens_q, cu_seqlens_k, q_offset, page_table, kv_lens)
+    reason = unsupported(q, k, v, sink, window, positions)
     if reason is None and softcap is not None and softcap <= 0:
         reason = f"softcap is {softcap}; it must be positive, or None for no cap"
     if reason is None and page_table is not None and _wants_gradients(q, k, v):
@@ -202,7 +199,7 @@ def streaming_attention(
     if reason is not None:
         raise ExecutorError(f"streaming attention cannot run this call: {reason}.")
     out, lse = run(
-        q, k, v, sink, window, scale=scale, softcap=softcap, max_sink=max_sink, **positions
+        q, k, v, sink, window, positions, scale=scale, softcap=softcap, max_sink=max_sink
     )
     return (out, lse) if return_lse else out
 
@@ -213,19 +210,16 @@ def run(
     v: Tensor,
     sink: Tensor,
     window: Tensor,
+    positions: Positions,
     *,
     scale: float | None = None,
     softcap: float | None = None,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    q_offset: int | Tensor | None = None,
-    page_table: Tensor | None = None,
-    kv_lens: Tensor | None = None,
     max_sink: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`streaming_attention` of what `unsupported` lets pass: out and lse."""
     from flexsparse.executors import streaming_decode, streaming_ops
 
+    cu_seqlens_q, cu_seqlens_k, q_offset, page_table, kv_lens = positions
     if isinstance(q_offset, int) and cu_seqlens_q is None and page_table is None:
         # the kernels' own default costs no tensor
         q_offset = None if q_offset == k.shape[2] - q.shape[2] else q_offset

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from flexsparse.analysis.classify import Grid
+from flexsparse.executors.streaming import Positions
 from flexsparse.expr import Index, Mask, kv_idx, lookup, maximum, minimum, q_idx
 from flexsparse.heads import PerHead
 from flexsparse.lower import padded
@@ -84,7 +85,7 @@ class PackedTokens:
         kv: the pack of keys, of as many sequences.
         q_offsets: position of each sequence's first query.
 
-    positions: what tells `streaming_attention` where sequences begin, and their first queries stand
+    positions: where sequences begin and their first queries stand, as the streaming kernels take it
     """
 
     def __init__(self, q: Pack, kv: Pack, q_offsets: Sequence[int]) -> None:
@@ -103,11 +104,11 @@ class PackedTokens:
         self._lengths = q.size, kv.size
         # padding is to these kernels a sequence of its own, of which nobody reads the output
         padded = q.has_padding or kv.has_padding
-        self.positions = {
-            "cu_seqlens_q": q.cu_seqlens(padded),
-            "cu_seqlens_k": kv.cu_seqlens(padded),
-            "q_offset": first.int().repeat_interleave(1 + padded).to(self.q_owner.device),
-        }
+        self.positions = Positions(
+            q.cu_seqlens(padded),
+            kv.cu_seqlens(padded),
+            first.int().repeat_interleave(1 + padded).to(self.q_owner.device),
+        )
 
     def fill(self, grid: Grid) -> bool:
         """Whether a grid is that of the packs, and not of a part of them."""

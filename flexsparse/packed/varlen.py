@@ -17,9 +17,11 @@ from flexsparse.arguments import MOST_HEADS, block_sizes, check_size, usable_dev
 from flexsparse.compiler import CompiledMask, compile_mask
 from flexsparse.default_device import cpu_by_default
 from flexsparse.dropout import Dropout, is_kept
-from flexsparse.errors import ExecutorError, MaskError
+from flexsparse.errors import MaskError
 from flexsparse.expr import Mask, everything
 from flexsparse.heads import PerHead, not_a_mask
+from flexsparse.launch import refuse_unknown
+from flexsparse.modifiers import Modifiers
 from flexsparse.packed.cu_seqlens import first_positions, lengths
 from flexsparse.packed.packing import Pack, PackedTokens
 from flexsparse.tensors import ScoreMod
@@ -239,7 +241,7 @@ class VarlenMask:
         options |= {"return_lse": return_lse, "score_mod": score_mod}
         lse: Tensor | None
         if self.compiled is None:
-            _refuse(q, **options)
+            _refuse(**options)
             out, lse = _nothing(q, k, v)
         elif self.is_batch:
             n = len(self.q_lens)
@@ -283,19 +285,17 @@ class VarlenMask:
 
 
 def _refuse(
-    q: Tensor,
-    executor: str | None = None,
+    *,
+    scale: float | None = None,
+    score_mod: ScoreMod | None = None,
     dropout_p: float = 0.0,
     dropout_seed: int | Tensor | None = None,
-    **_options: Any,
+    return_lse: bool = False,
+    executor: str | None = None,
 ) -> None:
     """Raise for the options that are refused wherever there is something to compute."""
-    Dropout.of(dropout_p, dropout_seed)
-    row = q.new_zeros(1, q.shape[1], 1, q.shape[2])
-    launch = compile_mask(everything, 1, 1, device=q.device).launches[0]
-    names = [name for name, _ in launch.executors(row, row, row)]
-    if executor is not None and executor not in names:
-        raise ExecutorError(f"There is no executor {executor!r}; there are {', '.join(names)}.")
+    Modifiers(scale, score_mod, Dropout.of(dropout_p, dropout_seed), return_lse).checked()
+    refuse_unknown(executor)
 
 
 def _nothing(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from flexsparse.analysis.classify import Grid
-from flexsparse.arguments import INT32_MAX, MOST_HEADS, check_position, check_size
+from flexsparse.arguments import check_grid
 from flexsparse.errors import MaskError
 from flexsparse.expr import Mask
 from flexsparse.heads import PerHead, not_a_mask
@@ -36,11 +36,7 @@ def cases(
     block_size: tuple[int, int] = (128, 128),
 ) -> tuple[Case, ...]:
     """The distinct masks of a mask; errors begin with `verb`, the function that the user called."""
-    check_size(f"{verb}: q_len", q_len, INT32_MAX)
-    check_size(f"{verb}: kv_len", kv_len, INT32_MAX)
-    check_size(f"{verb}: batch", batch, INT32_MAX, optional=True)
-    check_size(f"{verb}: n_heads", n_heads, MOST_HEADS, optional=True)
-    check_position(f"{verb}: q_offset", q_offset, "query row 0", optional=True)
+    check_grid(f"{verb}: ", q_len, kv_len, batch, n_heads, q_offset)
     reason = not_a_mask(mask)
     if reason is not None:
         raise MaskError(f"{verb} takes a Mask or per_head([...]), not {reason}")

@@ -18,12 +18,14 @@ from flexsparse.analysis.classify import (
     ELEMENTS_AT_ONCE,
     BlockClasses,
     Grid,
+    batch_and_head,
+    bound_places,
     interval_reading,
 )
-from flexsparse.analysis.interval import Interval, Truth
+from flexsparse.analysis.interval import Interval
 from flexsparse.analysis.rectangles import Rectangles
 from flexsparse.expr import Mask
-from flexsparse.tree import evaluate, kept_at
+from flexsparse.tree import kept_at
 
 GROUPS = 8  # parts of a block bounded as one
 WITNESSES = 16  # places looked at in a line of a block before all of it is
@@ -171,31 +173,22 @@ def _bounds(
     across: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, Tensor]:
     """Whether all pairs of tokens first to last with those across are kept, and whether any is."""
-    heads = torch.tensor(side.grid.heads)
     found = [torch.zeros(2, 0, dtype=torch.bool)]
     for part in torch.split(torch.arange(len(plane)), CELLS_AT_ONCE) if len(plane) else ():
         mine = Interval(*(x[part] + side.offset for x in tokens))
         other = Interval(*(x[part] + side.across_offset for x in across))
         q, kv = (other, mine) if side.is_key else (mine, other)
-        b, h = plane[part] // len(heads), heads[plane[part] % len(heads)]
-        variables: dict[str, Any] = {
-            "b": Interval(b, b),
-            "h": Interval(h, h),
-            "q_idx": q,
-            "kv_idx": kv,
-        }
-        truth: Truth = evaluate(mask, variables, reading)
-        found.append(torch.stack([torch.as_tensor(x).expand(part.shape) for x in truth]))
+        truth = bound_places(mask, reading, side.grid, plane[part], q, kv)
+        found.append(torch.stack(truth))
     always, ever = torch.cat(found, 1)
     return always, ever
 
 
 def _keeps_any(mask: Mask, side: _Side, plane: Tensor, token: Tensor, across: Tensor) -> Tensor:
     """Whether any pair of a token [n] with those across from it [n, m] is kept: bool [n]."""
-    heads = torch.tensor(side.grid.heads)
     mine, other = token[:, None] + side.offset, across + side.across_offset
     q, kv = (other, mine) if side.is_key else (mine, other)
-    b, h = (plane // len(heads))[:, None], heads[plane % len(heads)][:, None]
+    b, h = batch_and_head(side.grid, plane[:, None])
     kept = kept_at(mask, {"b": b, "h": h, "q_idx": q, "kv_idx": kv})
     return kept.expand(across.shape).any(1)
 
