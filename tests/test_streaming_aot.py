@@ -34,9 +34,9 @@ SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 # of a multiprocessor; of the former each program takes a KB for itself
 MULTIPROCESSOR_MEMORY = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
 MULTIPROCESSOR_REGISTERS = 65536
-# bytes a thread may spill: none with the triton of constraints.txt; 3.6 needs 16 at head_dim 192 on
-# sm_80, and 3.9 24 to 40 for dk and dv at head_dim 128 on sm_90
-SPILLS = 0 if triton.__version__.startswith("3.7") else 48
+# bytes a thread may spill: none, but that dk and dv at head_dim 128 on sm_90 keep 6 to 8 values
+# in memory with triton 3.9; half the rows at a time would not, and take a quarter more instructions
+SPILLS = {} if triton.__version__ < "3.8" else {("streaming_dkdv_kernel", 90, 128): 40}
 MIN_WARPS = 8  # of a multiprocessor, two for each of its schedulers to switch between
 POINTERS = {
     torch.float16: "*fp16",
@@ -153,7 +153,8 @@ def check(launches, arch, folder):
         used = resources(binary, folder)
         shared = binary.metadata.shared
         what = f"{kernel.__name__} on sm_{arch} with {kwargs}: {used}, {shared} bytes"
-        assert used["STACK"] + used["LOCAL"] <= SPILLS, f"spills registers: {what}"
+        allowed = SPILLS.get((kernel.__name__, arch, kwargs.get("BLOCK_D")), 0)
+        assert used["STACK"] + used["LOCAL"] <= allowed, f"spills registers: {what}"
         assert shared <= SHARED_MEMORY[arch], f"does not fit: {what}"
         if re.search("fwd|dq|dkdv", kernel.__name__):
             warps = resident_warps(used["REG"], shared, kwargs["num_warps"], arch)

@@ -17,7 +17,7 @@ from flexsparse.drawing.plane import Blocks, Owner, Plane
 from flexsparse.errors import MaskError
 from flexsparse.expr import Index, Mask
 from flexsparse.heads import PerHead
-from flexsparse.questions.cases import cases, needed
+from flexsparse.questions.cases import cases, missing_argument
 from flexsparse.tensors import Table
 from flexsparse.text import shown
 from flexsparse.tracing import from_mask_mod
@@ -87,7 +87,7 @@ def _of_masks(
     names: dict[Mask, str] = {}
     owners: dict[Mask, list[Owner]] = {}
     for case in looked_at:
-        reason = needed(case) or problem(case.mask, case.grid, case.mask.device)
+        reason = missing_argument(case) or problem(case.mask, case.grid, case.mask.device)
         if reason is not None:
             raise MaskError(f"{verb}: {reason}")
         for b in range(case.grid.batch) if "b" in case.mask.variables else (None,):

@@ -189,7 +189,7 @@ def streaming_decode(
         if n_splits > 1:
             streaming_merge_kernel[(lse.numel(),)](
                 part, part_lse, out, lse, n_splits, lse.numel(), V_DIM=shape["V_DIM"],
-                BLOCK_DV=shape["BLOCK_DV"], MAX_SPLITS=padded(n_splits), num_warps=4,
+                BLOCK_DV=shape["BLOCK_DV"], MAX_SPLITS=padded(n_splits), num_warps=8,
             )  # fmt: skip
     return out, lse
 

@@ -67,7 +67,7 @@ def cases(
     return tuple(found)
 
 
-def needed(case: Case) -> str | None:
+def missing_argument(case: Case) -> str | None:
     """Which argument is missing for a mask that reads the head or the batch row, or None."""
     if not case.unknown:
         return None

@@ -12,7 +12,7 @@ from flexsparse.analysis.whole import whole_bounds
 from flexsparse.default_device import cpu_by_default
 from flexsparse.expr import Mask
 from flexsparse.heads import PerHead, counted
-from flexsparse.questions.cases import Case, cases, needed
+from flexsparse.questions.cases import Case, cases, missing_argument
 from flexsparse.questions.gaps import Ranges, empty_rows, unseen_keys
 from flexsparse.text import shorten, shown
 
@@ -149,7 +149,7 @@ def check(
     empty: list[Unused] = []
     unseen: list[Unused] = []
     for case in looked_at:
-        missing = needed(case)
+        missing = missing_argument(case)
         broken += [missing] if missing else []
         reason = problem(case.mask, case.grid, case.mask.device)
         if reason is not None:

@@ -16,7 +16,7 @@ from flexsparse.default_device import cpu_by_default
 from flexsparse.errors import MaskError
 from flexsparse.expr import Mask, nothing
 from flexsparse.heads import PerHead, not_a_mask
-from flexsparse.questions.cases import Case, cases, needed
+from flexsparse.questions.cases import Case, cases, missing_argument
 from flexsparse.text import shorten, shown
 from flexsparse.tree import kept_at
 
@@ -128,7 +128,7 @@ def diff(
         q_offset=q_offset,
         block_size=sizes,
     ):
-        reason = needed(case) or problem(case.mask, case.grid, case.mask.device)
+        reason = missing_argument(case) or problem(case.mask, case.grid, case.mask.device)
         if reason is not None:
             raise MaskError(f"diff: {reason}")
         grid = case.grid
