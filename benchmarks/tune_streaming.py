@@ -21,7 +21,7 @@ from concurrent.futures import ProcessPoolExecutor
 from bench_streaming import PATTERNS, Bench, measure_pass
 
 from flexsparse.executors import streaming_ops, streaming_tiles
-from flexsparse.executors.streaming_tiles import Tile
+from flexsparse.executors.streaming_tiles import Tile, Tiles
 
 # (rows, keys, warps, stages, halves), at head_dim 128 on sm_90 those that spill least
 WALK_KEYS = (
@@ -39,13 +39,19 @@ CANDIDATES = {"fwd": WALK_KEYS, "dq": WALK_KEYS, "dkdv": WALK_ROWS}
 COMPILE_LENGTH = 4096  # enough for every kernel of the backward pass
 
 
+def tiles_in_use(bench: Bench) -> Tiles:
+    """What the table has for this GPU and shape."""
+    q, _, v, _ = bench.tensors(1)
+    pack = streaming_tiles.pack_of(bench.args.heads // bench.args.kv_heads)
+    return streaming_tiles.tiles_for(q, v, 0.0, pack)
+
+
 def attempt(
     bench: Bench, kernel: str, tile: Tile, pattern: tuple[int, int], length: int, once: bool
 ) -> float | str:
     """Milliseconds with this tile for a kernel, or why there are none."""
     *tensors, dout = bench.tensors(length)
-    pack = streaming_tiles.pack_of(bench.args.heads // bench.args.kv_heads)
-    usual = streaming_tiles.tiles_for(tensors[0], tensors[2], 0.0, pack)
+    usual = tiles_in_use(bench)
     streaming_ops.tiles_for = lambda *args: usual._replace(**{kernel: tile})
     name = "fwd" if kernel == "fwd" else "fwd_bwd"
     try:
@@ -80,9 +86,7 @@ def main() -> None:
         list(pool.map(functools.partial(compile_candidate, args), tiles))
 
     bench = Bench(args)
-    q, _, v, _ = bench.tensors(COMPILE_LENGTH if not args.dry_run else args.length)
-    pack = streaming_tiles.pack_of(args.heads // args.kv_heads)
-    usual = streaming_tiles.tiles_for(q, v, 0.0, pack)._asdict()
+    usual = tiles_in_use(bench)._asdict()
     found: dict[tuple[str, tuple[int, int]], list[tuple[float, Tile]]] = {}
     for (kernel, tile), pattern in itertools.product(tiles, patterns):
         if time.perf_counter() > stop:
