@@ -6,7 +6,9 @@
 
 Per length and (sink, window): forward, and forward + backward, of ours; of flex_attention with the
 same mask; of dense causal SDPA; and of a compiled mask whose heads are half dense, half streaming,
-as Block-Sparse-Attention measures it. Times are medians of single runs, in milliseconds.
+as Block-Sparse-Attention measures it. Times are medians of single runs on the GPU, in milliseconds,
+for which the ways take turns: a GPU that gets warm gets slower, for all alike. `kernels` has those
+of our kernels alone, `host` what it takes the host to ask for a call, while the GPU waits for none.
 Compiling takes longer than measuring, and can be done for all lengths at once: what `--warm` leaves
 in the caches of triton and inductor is found there by the run that measures.
 """
@@ -15,8 +17,11 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import json
 import pathlib
+import re
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -38,30 +43,89 @@ FLEX_BLOCKS: dict[int, dict[str, Any]] = {128: {}, 64: {"fwd_BLOCK_M": 64, "fwd_
 HYBRID_PATTERN = PATTERNS[0]
 
 
-def milliseconds(run: Callable[[], Any], once: bool) -> float:
-    """Median of runs on a GPU, the L2 cache emptied before each; or the time of the first run."""
-    if once:
+SECONDS_OF_TURNS = 1.5  # for each pass of a case, within these bounds
+MIN_TURNS, MAX_TURNS = 5, 30
+
+Run = Callable[[], Any]
+
+
+@functools.cache
+def gigabyte() -> Tensor:
+    """Memory for nothing else."""
+    return torch.empty(1 << 30, dtype=torch.int8, device="cuda")
+
+
+def empty_cache() -> None:
+    """Empty the L2 cache, and take about 2 ms for it: longer than the host to ask for a run."""
+    for _ in range(8):
+        gigabyte().zero_()
+
+
+def in_turns(runs: dict[str, Run]) -> dict[str, float]:
+    """Median milliseconds of each run on the GPU."""
+    events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {way: [] for way in runs}
+
+    def take_turns(n: int) -> None:
+        for _ in range(n):
+            for way, run in runs.items():
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                empty_cache()
+                start.record()
+                run()
+                end.record()
+                events[way].append((start, end))
+        torch.cuda.synchronize()
+
+    def median(way: str) -> float:
+        return statistics.median(start.elapsed_time(end) for start, end in events[way])
+
+    take_turns(2)
+    seconds = sum(map(median, runs)) / 1e3
+    for taken in events.values():
+        taken.clear()
+    take_turns(round(min(max(SECONDS_OF_TURNS / seconds, MIN_TURNS), MAX_TURNS)))
+    return {way: median(way) for way in runs}
+
+
+def kernel_times(run: Run) -> dict[str, float]:
+    """Median milliseconds of each of our kernels in a run, by torch's profiler."""
+    run()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        for _ in range(12):
+            empty_cache()
+            run()
+        torch.cuda.synchronize()
+    times: dict[str, list[float]] = {}
+    for event in profiler.events():
+        if found := re.match(r"streaming_(\w+)_kernel", event.name):
+            times.setdefault(found[1], []).append(event.device_time / 1e3)
+    return {name: statistics.median(each) for name, each in times.items()}
+
+
+def host_milliseconds(run: Run) -> float:
+    """What the host needs to ask for a run."""
+    times = []
+    for _ in range(20):
+        torch.cuda.synchronize()
         started = time.perf_counter()
         run()
-        return (time.perf_counter() - started) * 1e3
-    from triton.testing import do_bench
-
-    return float(do_bench(run, warmup=25, rep=100, return_mode="median"))
+        times.append((time.perf_counter() - started) * 1e3)
+    return statistics.median(times)
 
 
-def measure_pass(
-    name: str, attend: Callable[..., Tensor], tensors: list[Tensor], dout: Tensor, once: bool
-) -> float:
-    """Milliseconds of the forward pass, or of it with the backward pass."""
+def once(run: Run) -> float:
+    """Milliseconds of a single run, which may compile."""
+    started = time.perf_counter()
+    run()
+    return (time.perf_counter() - started) * 1e3
+
+
+def run_of(name: str, attend: Callable[..., Tensor], tensors: list[Tensor], dout: Tensor) -> Run:
+    """The forward pass, or it with the backward pass."""
     if name == "fwd":
-        with torch.no_grad():
-            return milliseconds(lambda: attend(*tensors), once)
+        return torch.no_grad()(lambda: attend(*tensors))
     leaves = [x.detach().requires_grad_() for x in tensors]
-
-    def both() -> None:
-        torch.autograd.grad(attend(*leaves), leaves, dout)
-
-    return milliseconds(both, once)
+    return lambda: torch.autograd.grad(attend(*leaves), leaves, dout)
 
 
 def streaming_block_mask(
@@ -97,7 +161,7 @@ class Bench:
             # a fixed shape for every length, as a user who measures would have it
             torch._dynamo.config.recompile_limit = 1000
             self.flex = torch.compile(flex_attention, dynamic=False)
-        self.cannot: dict[tuple[int, str], str] = {}  # (block, pass) -> why flex has no kernel
+        self.cannot: dict[tuple[str, str], str] = {}  # (way, pass) -> why there is no kernel
 
     def tensors(self, length: int) -> list[Tensor]:
         """q, k, v and the gradient of the output."""
@@ -139,41 +203,59 @@ class Bench:
 
         return attend
 
+    def ways(self, s: int, w: int, length: int) -> dict[str, Callable[..., Tensor]]:
+        """Every way to compute a case."""
+        found = {"ours": self.ours(s, w)}
+        if (s, w) == HYBRID_PATTERN:  # dense does not depend on the pattern
+            found |= {"dense": self.dense, "hybrid": self.hybrid(s, w, length)}
+        return found | {f"flex_{b}": self.with_flex(s, w, length, b) for b in FLEX_BLOCKS}
+
     def measure(self, case: dict[str, Any]) -> dict[str, Any]:
         """Milliseconds of every way to compute one case."""
         length, s, w = case["length"], case["sink"], case["window"]
         *tensors, dout = self.tensors(length)
-        ours = self.ours(s, w)
-        found: dict[str, Any] = {"flex_blocks": {}}
-
-        def add(way: str, name: str, attend: Callable[..., Tensor]) -> float:
-            once = self.args.warm or self.args.dry_run
-            ms = round(measure_pass(name, attend, tensors, dout, once), 4)
-            found.setdefault(way, {})[name] = ms
-            return ms
-
+        ways = self.ways(s, w, length)
+        found: dict[str, Any] = {}
         for name in PASSES:
-            add("ours", name, ours)
-            if (s, w) == HYBRID_PATTERN:  # dense does not depend on the pattern
-                add("dense", name, self.dense)
-                add("hybrid", name, self.hybrid(s, w, length))
-            best: dict[int, float] = {}
-            for block in FLEX_BLOCKS:
-                if (block, name) in self.cannot:
+            runs = {way: run_of(name, attend, tensors, dout) for way, attend in ways.items()}
+            times = {}
+            for way, run in runs.items():
+                if (way, name) in self.cannot:
                     continue
                 try:
-                    best[block] = add(f"flex_{block}", name, self.with_flex(s, w, length, block))
-                except Exception as error:  # a block size that this torch has no kernel for
-                    self.cannot[block, name] = str(error).splitlines()[0][:200]
+                    times[way] = once(run)
+                except Exception as error:
+                    if not way.startswith("flex"):
+                        raise
+                    # a block size that this torch has no kernel for
+                    self.cannot[way, name] = str(error).splitlines()[0][:200]
+            if self.args.warm:
+                continue
+            if not self.args.dry_run:
+                times = in_turns({way: runs[way] for way in times})
+                found.setdefault("kernels", {})[name] = kernel_times(runs["ours"])
+                host = {way: host_milliseconds(runs[way]) for way in times}
+                found.setdefault("host", {})[name] = host
+            best = min(
+                (way for way in times if way.startswith("flex")), key=times.get, default=None
+            )
             if best:
-                block = min(best, key=lambda b: best[b])
-                found.setdefault("flex", {})[name] = best[block]
-                found["flex_blocks"][name] = block
+                times["flex"] = times[best]
+                found.setdefault("flex_is", {})[name] = best
+            for way, ms in times.items():
+                found.setdefault(way, {})[name] = ms
         # the two must agree before their times mean anything
         with torch.no_grad():
-            theirs = self.with_flex(s, w, length, 128)(*tensors).float()
-            found["difference"] = (ours(*tensors).float() - theirs).abs().max().item()
-        return found
+            ours, theirs = (ways[way](*tensors).float() for way in ("ours", "flex_128"))
+        found["difference"] = (ours - theirs).abs().max().item()
+        return rounded(found)
+
+
+def rounded(x: Any) -> Any:
+    """The same with its numbers to four digits."""
+    if isinstance(x, dict):
+        return {key: rounded(value) for key, value in x.items()}
+    return float(f"{x:.4g}") if isinstance(x, float) else x
 
 
 def cases(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -244,7 +326,7 @@ def about(args: argparse.Namespace) -> dict[str, Any]:
         "triton": triton.__version__,
         "date": str(datetime.date.today()),
         "shape": f"{args.heads} heads, {args.kv_heads} kv heads, head_dim {args.head_dim}, batch 1",
-        "timing": "median of triton's do_bench, the L2 emptied before each run, milliseconds",
+        "timing": "milliseconds, medians of runs in turns on the GPU, the L2 emptied before each",
     }
 
 
@@ -276,8 +358,8 @@ def main() -> None:
         case = left.pop(0)
         rows.append(case | bench.measure(case))
         print(json.dumps(rows[-1]), flush=True)
-        cannot = {f"{name}, block {block}": why for (block, name), why in bench.cannot.items()}
-        record |= {"flex_cannot": cannot, "verdicts": verdicts(rows), "rows": rows}
+        cannot = {", ".join(what): why for what, why in bench.cannot.items()}
+        record |= {"cannot": cannot, "verdicts": verdicts(rows), "rows": rows}
         if args.save:  # after every case: an interrupted run keeps what it has
             args.save.parent.mkdir(parents=True, exist_ok=True)
             args.save.write_text(json.dumps(record, indent=1) + "\n")

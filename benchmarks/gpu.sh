@@ -26,11 +26,16 @@ python -c 'import torch, triton; print("torch", torch.__version__, "triton", tri
 
 # side by side: most of their time goes into compiling kernels
 pytest=(python -m pytest -q -p no:cacheprovider --disable-warnings)
+workers=() streaming_workers=()
+if python -c 'import xdist'; then # twice as many for those that compile flex_attention
+    workers=(-n $(($(nproc) / 2))) streaming_workers=(-n $(($(nproc) / 4)))
+fi
 alone=test_streaming_addresses_more_than_2_31_elements # it needs all of the memory
 lengths=(16384 131072 2048 32768 65536 4096 8192)
-timeout $limit "${pytest[@]}" tests/test_gpu.py -k "not $alone" >"$out/gpu_tests.txt" 2>&1 &
+timeout $limit "${pytest[@]}" "${workers[@]}" tests/test_gpu.py -k "not $alone" >"$out/gpu_tests.txt" 2>&1 &
 gpu_tests=$!
-timeout $limit "${pytest[@]}" tests/test_streaming.py tests/test_streaming_schedule.py >"$out/gpu_streaming_tests.txt" 2>&1 &
+timeout $limit "${pytest[@]}" "${streaming_workers[@]}" tests/test_streaming.py tests/test_streaming_schedule.py \
+    >"$out/gpu_streaming_tests.txt" 2>&1 &
 streaming_tests=$!
 warming=()
 if [ ${#dry[@]} = 0 ]; then

@@ -5,7 +5,7 @@
 
 Each kernel is tuned with the others as flexsparse/executors/streaming_tiles.py has them; the
 numbers are entries of its table. tests/test_streaming_aot.py finds those that spill or do not fit.
-Processes side by side compile all candidates first, into triton's cache.
+Processes side by side compile all candidates first, into triton's cache; `--warm` stops there.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import os
 import time
 from concurrent.futures import ProcessPoolExecutor
 
-from bench_streaming import PATTERNS, Bench, measure_pass
+from bench_streaming import PATTERNS, Bench, kernel_times, once, run_of
 
 from flexsparse.executors import streaming_ops, streaming_tiles
 from flexsparse.executors.streaming_tiles import Tile, Tiles
@@ -47,22 +47,23 @@ def tiles_in_use(bench: Bench) -> Tiles:
 
 
 def attempt(
-    bench: Bench, kernel: str, tile: Tile, pattern: tuple[int, int], length: int, once: bool
+    bench: Bench, kernel: str, tile: Tile, pattern: tuple[int, int], length: int, is_warming: bool
 ) -> float | str:
-    """Milliseconds with this tile for a kernel, or why there are none."""
+    """Milliseconds of a kernel with this tile, or why there are none."""
     *tensors, dout = bench.tensors(length)
     usual = tiles_in_use(bench)
     streaming_ops.tiles_for = lambda *args: usual._replace(**{kernel: tile})
     name = "fwd" if kernel == "fwd" else "fwd_bwd"
+    run = run_of(name, bench.ours(*pattern), tensors, dout)
     try:
-        return measure_pass(name, bench.ours(*pattern), tensors, dout, once)
+        return once(run) if is_warming else kernel_times(run)[kernel]
     except Exception as error:  # shared memory, or a tile triton cannot lay out
         return str(error).splitlines()[0][:90]
 
 
 def compile_candidate(args: argparse.Namespace, candidate: tuple[str, Tile]) -> None:
     """Leave what a candidate needs in triton's cache."""
-    attempt(Bench(args), *candidate, PATTERNS[0], min(args.length, COMPILE_LENGTH), once=True)
+    attempt(Bench(args), *candidate, PATTERNS[0], min(args.length, COMPILE_LENGTH), True)
 
 
 def main() -> None:
@@ -73,6 +74,7 @@ def main() -> None:
     parser.add_argument("--kv-heads", type=int, default=32)
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--seconds", type=float, default=240, help="start no candidate after these")
+    parser.add_argument("--warm", action="store_true", help="compile alone, for a later run")
     parser.add_argument("--dry-run", action="store_true", help="tiny, on a CPU")
     args = parser.parse_args()
     stop = time.perf_counter() + args.seconds
@@ -84,6 +86,8 @@ def main() -> None:
     processes = max(1, (os.cpu_count() or 1) // 2)
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
         list(pool.map(functools.partial(compile_candidate, args), tiles))
+    if args.warm:
+        return
 
     bench = Bench(args)
     usual = tiles_in_use(bench)._asdict()
@@ -98,8 +102,7 @@ def main() -> None:
         else:
             found.setdefault((kernel, pattern), []).append((result, tile))
     for (kernel, pattern), results in found.items():
-        name = "fwd" if kernel == "fwd" else "fwd_bwd"
-        print(f"{kernel}, (sink, window) {pattern}, {name}; in use {usual[kernel]}")
+        print(f"{kernel}, (sink, window) {pattern}; in use {usual[kernel]}")
         for ms, tile in sorted(results)[:6]:
             print(f"    {ms:8.3f} ms  {tile}", flush=True)
 

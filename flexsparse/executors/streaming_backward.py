@@ -9,7 +9,13 @@ No atomics: every sum has one order, so gradients have the same bits on every ru
 import triton
 import triton.language as tl
 
-from flexsparse.executors.streaming_schedule import FAR, keep_keys, locate, needs_mask
+from flexsparse.executors.streaming_schedule import (
+    FAR,
+    head_range,
+    keep_keys,
+    locate,
+    needs_mask,
+)
 from flexsparse.executors.streaming_walk import (
     LOG2E,
     cap_scores,
@@ -22,13 +28,6 @@ from flexsparse.executors.streaming_walk import (
     store_rows,
     walk_keys,
 )
-
-
-@triton.jit
-def load_lse(ptr, offset, valid):
-    """Load lse in base 2; inf in empty rows and past the end, so that every weight there is 0."""
-    lse = tl.load(ptr + offset, mask=valid, other=float("inf")) * LOG2E
-    return tl.where(lse == float("-inf"), float("inf"), lse)
 
 
 @triton.jit
@@ -63,27 +62,40 @@ def dq_tile(
 
 
 @triton.jit
-def dq_rows(
-    q_ptr, out_ptr, dout_ptr, lse_ptr, dlse_ptr, delta_ptr, half, n_left, stride_qh, stride_qn,
-    n_rows, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr, BLOCK_Q: tl.constexpr, PACK: tl.constexpr,
+def load_dq_rows(
+    q_ptr, out_ptr, dout_ptr, lse_ptr, dlse_ptr, half, n_left, stride_qh, stride_qn, n_rows,
+    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_Q: tl.constexpr, PACK: tl.constexpr,
 ):  # fmt: skip
-    """What dq_tile knows of a half's rows; writes their delta for the kernel of dk and dv."""
+    """What a half's rows come with: q, dout, out, lse and dlse."""
     exist = rows_exist(half, n_left, BLOCK_Q, PACK)
     at = row_offsets(half, n_rows, 1, BLOCK_Q, PACK)
-    dout = load_rows(dout_ptr, at * V_DIM, exist, V_DIM, BLOCK_DV)  # [ROWS, V_DIM]
-    out = load_rows(out_ptr, at * V_DIM, exist, V_DIM, BLOCK_DV).to(tl.float32)
-    dlse = tl.load(dlse_ptr + at, mask=exist, other=0.0)
-    # what the softmax takes off every score's gradient
-    delta = tl.sum(out * dout.to(tl.float32), 1) - dlse
-    tl.store(delta_ptr + at, delta, mask=exist)
     q = load_half(q_ptr, half, n_left, stride_qh, stride_qn, HEAD_DIM, BLOCK_D, BLOCK_Q, PACK)
-    return q, dout, load_lse(lse_ptr, at, exist), delta
+    dout = load_rows(dout_ptr, at * V_DIM, exist, V_DIM, BLOCK_DV)  # [ROWS, V_DIM]
+    out = load_rows(out_ptr, at * V_DIM, exist, V_DIM, BLOCK_DV)
+    lse = tl.load(lse_ptr + at, mask=exist, other=float("-inf"))
+    dlse = tl.load(dlse_ptr + at, mask=exist, other=0.0)
+    return q, dout, out, lse, dlse
+
+
+@triton.jit
+def dq_rows(loaded, stats_ptr, half, n_left, n_rows, BLOCK_Q: tl.constexpr, PACK: tl.constexpr):
+    """What dq_tile knows of a half's rows; writes lse and delta for the kernel of dk and dv."""
+    q, dout, out, lse, dlse = loaded
+    # what the softmax takes off every score's gradient
+    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1) - dlse
+    # in base 2, and inf in empty rows, so that every weight there is 0
+    lse = tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
+    exist = rows_exist(half, n_left, BLOCK_Q, PACK)
+    at = 2 * row_offsets(half, n_rows, 1, BLOCK_Q, PACK)
+    tl.store(stats_ptr + at, lse, mask=exist)
+    tl.store(stats_ptr + at + 1, delta, mask=exist)
+    return q, dout, lse, delta
 
 
 @triton.jit(do_not_specialize=["q_len", "kv_len"])
 def streaming_dq_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, lse_ptr, dlse_ptr, delta_ptr, dq_ptr, sink, window,
+    q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, lse_ptr, dlse_ptr, stats_ptr, dq_ptr, sink, window,
     q_offset, cu_seqlens_q, cu_seqlens_k, tiles,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn: tl.constexpr,
     stride_vb, stride_vh, stride_vn: tl.constexpr,
@@ -92,7 +104,10 @@ def streaming_dq_kernel(
     BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, BLOCK_SINK: tl.constexpr,
     PACK: tl.constexpr, HALVES: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """Write dq and delta of HALVES * BLOCK_Q rows of PACK heads, by the forward kernel's walk."""
+    """Write dq of HALVES * BLOCK_Q rows of PACK heads, by the forward kernel's walk.
+
+    And their stats [batch, n_heads, q_len, 2]: lse in base 2, and delta.
+    """
     head0 = tl.program_id(1) * PACK
     batch = tl.program_id(2)
     n_rows = q_len.to(tl.int64)
@@ -111,21 +126,27 @@ def streaming_dq_kernel(
     dout_ptr += dense * V_DIM
     lse_ptr += dense
     dlse_ptr += dense
-    delta_ptr += dense
+    stats_ptr += 2 * dense
     dq_ptr += dense * HEAD_DIM
+    # all loads before the first wait for one
+    ranges = head_range(sink, window, head0, kv_len, PACK)
+    loaded = ()
+    for half in tl.static_range(HALVES):
+        half_rows = load_dq_rows(
+            q_ptr, out_ptr, dout_ptr, lse_ptr, dlse_ptr, half, n_left, stride_qh, stride_qn, n_rows,
+            HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_Q, PACK,
+        )  # fmt: skip
+        loaded += (half_rows,)
     rows = ()
     states = ()
     for half in tl.static_range(HALVES):
-        half_rows = dq_rows(
-            q_ptr, out_ptr, dout_ptr, lse_ptr, dlse_ptr, delta_ptr, half, n_left, stride_qh,
-            stride_qn, n_rows, HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV, BLOCK_Q, PACK,
-        )  # fmt: skip
+        half_rows = dq_rows(loaded[half], stats_ptr, half, n_left, n_rows, BLOCK_Q, PACK)
         rows += (half_rows,)
         states += (tl.zeros([PACK * BLOCK_Q, BLOCK_D], tl.float32),)
     keys = (k_ptr, v_ptr, kv_start)
     LAYOUT: tl.constexpr = (stride_kn, stride_vn, HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV)
     states = walk_keys(
-        dq_tile, states, rows, row0, q_len, offset, sink, window, head0, kv_len, keys,
+        dq_tile, states, rows, row0, q_len, offset, sink, window, ranges, head0, kv_len, keys,
         qk_scale, cap, LAYOUT, BLOCK_Q, BLOCK_KV, BLOCK_SINK, PACK, SOFTCAP,
     )  # fmt: skip
     for half in tl.static_range(HALVES):
@@ -148,7 +169,7 @@ def group_range(sink, window, head0, group_size):
 
 @triton.jit(do_not_specialize=["q_len", "kv_len", "n_chunks", "n_sink"])
 def streaming_dkdv_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, dk_part, dv_part,
+    q_ptr, k_ptr, v_ptr, dout_ptr, stats_ptr, dk_ptr, dv_ptr, dk_part, dv_part,
     sink, window, q_offset, cu_seqlens_q, cu_seqlens_k, tiles,
     stride_qb, stride_qh, stride_qn: tl.constexpr, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn,
@@ -226,10 +247,14 @@ def streaming_dkdv_kernel(
         q = load_rows(
             q_ptr + head64 * stride_qh, at_q * stride_qn, seen, HEAD_DIM, BLOCK_D
         )  # [BLOCK_Q, HEAD_DIM]
-        lse = load_lse(lse_ptr, dense + at_q, seen)
         p_lo = row0 + offset
         masked = needs_mask(kv0, kv0 + BLOCK_KV, FAR, p_lo, p_lo + BLOCK_Q - 1, s, w)
         kq = dot(k, tl.trans(q))  # [BLOCK_KV, BLOCK_Q]
+        # one load: of a tensor with fewer elements than threads, each would load all that it needs;
+        # rows past the end are 0 in q, dout and here: their weights are 1, and add nothing
+        at_stats = tl.arange(0, 2)[:, None] + 2 * (dense + at_q)[None, :]
+        stats = tl.load(stats_ptr + at_stats, mask=seen[None, :], other=0.0)  # [2, BLOCK_Q]
+        lse, delta = tl.split(tl.trans(stats))
         probs, tanh = weights(kq, lse[None, :], qk_scale, cap, SOFTCAP)
         if masked:
             first = kv - p_lo  # the first row that sees a key, and the last of its window, relative
@@ -238,7 +263,6 @@ def streaming_dkdv_kernel(
             probs = tl.where(kept, probs, 0.0)
         dout = load_rows(dout_ptr + dense * V_DIM, at_q * V_DIM, seen, V_DIM, BLOCK_DV)
         dv = dot(probs.to(dout.dtype), dout, dv)
-        delta = tl.load(delta_ptr + dense + at_q, mask=seen, other=0.0)
         dscores = score_gradient(probs, tanh, dot(v, tl.trans(dout)), delta[None, :], SOFTCAP)
         dk = dot(dscores.to(q.dtype), q, dk)
         row0 += BLOCK_Q

@@ -9,7 +9,7 @@ Numbers of the mask are read from tensors, one per query head: a new size compil
 import triton
 import triton.language as tl
 
-from flexsparse.executors.streaming_schedule import keep_keys, locate
+from flexsparse.executors.streaming_schedule import head_range, keep_keys, locate
 from flexsparse.executors.streaming_walk import (
     cap_scores,
     dot,
@@ -105,6 +105,8 @@ def streaming_fwd_kernel(
     )  # fmt: skip
     out_ptr += dense * V_DIM
     lse_ptr += dense
+    # first, so that its loads are not waited for after those of the rows
+    ranges = head_range(sink, window, head0, kv_len, PACK)
     rows = ()
     states = ()
     for half in tl.static_range(HALVES):
@@ -114,7 +116,7 @@ def streaming_fwd_kernel(
     keys = (k_ptr, v_ptr, kv_start)
     LAYOUT: tl.constexpr = (stride_kn, stride_vn, HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV)
     states = walk_keys(
-        forward_tile, states, rows, row0, q_len, offset, sink, window, head0, kv_len, keys,
+        forward_tile, states, rows, row0, q_len, offset, sink, window, ranges, head0, kv_len, keys,
         qk_scale, cap, LAYOUT, BLOCK_Q, BLOCK_KV, BLOCK_SINK, PACK, SOFTCAP,
     )  # fmt: skip
     for half in tl.static_range(HALVES):

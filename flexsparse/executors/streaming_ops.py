@@ -103,13 +103,13 @@ def streaming_backward(
     shape = dims(q, v)
     factors = (*score_factors(scale, softcap), scale)
     dout, dlse = dout.contiguous(), dlse.contiguous()
-    delta = torch.empty_like(lse)
+    stats = lse.new_empty((*lse.shape, 2))
     lengths = (q_offset, cu_seqlens_q, cu_seqlens_k)
     with torch.cuda.device_of(q):
         tile = tiles.dq
         grid, table = row_grid(q, tile, pack, cu_seqlens_q)
         backward.streaming_dq_kernel[grid](
-            q, k, v, out, dout, lse, dlse, delta, dq, sink, window, *lengths, table,
+            q, k, v, out, dout, lse, dlse, stats, dq, sink, window, *lengths, table,
             *strides(q, k, v), n_heads, group_size, q_len, kv_len, *factors, **shape,
             BLOCK_Q=tile.rows // pack, BLOCK_KV=tile.kv, BLOCK_SINK=SINK_TILE, PACK=pack,
             HALVES=tile.halves, SOFTCAP=softcap > 0, **launch_options(tile.warps, tile.stages),
@@ -134,7 +134,7 @@ def streaming_backward(
             for x in (k, v)
         ]
         backward.streaming_dkdv_kernel[(n_chunks * n_sink + n_tiles, n_kv_heads, q.shape[0])](
-            q, k, v, dout, lse, delta, dk, dv, *parts, sink, window, *lengths, table,
+            q, k, v, dout, stats, dk, dv, *parts, sink, window, *lengths, table,
             *strides(q, k, v), n_heads, *sizes, *factors, **shape, BLOCK_Q=tile.rows,
             BLOCK_KV=tile.kv, SOFTCAP=softcap > 0, **launch_options(tile.warps, tile.stages),
         )  # fmt: skip

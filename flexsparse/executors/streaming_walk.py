@@ -20,7 +20,6 @@ import triton.language as tl
 
 from flexsparse.executors.streaming_schedule import (
     halve,
-    head_range,
     key_tile,
     needs_mask,
     row_mask,
@@ -172,12 +171,15 @@ def walk_run(
 
 @triton.jit
 def walk_keys(
-    step: tl.constexpr, states, rows, row0, q_len, offset, sink, window, head0, kv_len, keys,
-    qk_scale, cap, LAYOUT: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
+    step: tl.constexpr, states, rows, row0, q_len, offset, sink, window, ranges, head0, kv_len,
+    keys, qk_scale, cap, LAYOUT: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
     BLOCK_SINK: tl.constexpr, PACK: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """`states`, one for each half of the rows, after a step over every key tile they need."""
-    s_min, s_max, w_min, w_max = head_range(sink, window, head0, kv_len, PACK)
+    """`states`, one for each half of the rows, after a step over every key tile they need.
+
+    `ranges` is the head_range of the program's heads.
+    """
+    s_min, s_max, w_min, w_max = ranges
     p_lo = row0 + offset
     p_hi = tl.minimum(row0 + BLOCK_Q * len(states), q_len) - 1 + offset
     walk = schedule(p_lo, p_hi, s_max, w_max, kv_len, BLOCK_KV, BLOCK_SINK)
