@@ -89,7 +89,7 @@ def dq_rows(loaded, stats_ptr, half, n_left, n_rows, BLOCK_Q: tl.constexpr, PACK
     exist = rows_exist(half, n_left, BLOCK_Q, PACK)
     at = 2 * row_offsets(half, n_rows, 1, BLOCK_Q, PACK)
     tl.store(stats_ptr + at, lse, mask=exist)
-    tl.store(stats_ptr + at + 1, delta, mask=exist)
+    tl.store(stats_ptr + (at + 1), delta, mask=exist)
     return q, dout, lse, delta
 
 
