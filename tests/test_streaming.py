@@ -29,6 +29,7 @@ from streaming_oracle import (
     reference,
     run,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import flexsparse as fs
 from flexsparse import masks
@@ -317,6 +318,43 @@ def test_torch_sees_well_formed_operators():
     torch.library.opcheck(streaming_ops.streaming_backward, backward)
     decode = (q[:, :, :1], k, v, sink, window, None, None, None, 0.2, 0.0)
     torch.library.opcheck(streaming_decode.streaming_decode, decode)
+
+
+class Seen(TorchDispatchMode):
+    """The operators of flexsparse that torch calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "flexsparse":
+            self.names.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+@here
+def test_a_mode_sees_the_operators_and_changes_no_bit():
+    args = (inputs(70, 70, 2, 1, 32, 32), numbers([4, 40]), numbers([16, 9]))
+    alone = run(streaming_attention, *args, return_lse=True)
+    with Seen() as seen:
+        watched = run(streaming_attention, *args, return_lse=True)
+        streaming_attention(*(x.detach()[:, :, :1] for x in args[0]), *args[1:])
+    assert seen.names == [f"flexsparse::streaming_{x}" for x in ("forward", "backward", "decode")]
+    assert all(x.equal(y) for x, y in zip(alone, watched, strict=True))
+
+
+@here
+def test_gradients_come_in_batches_and_have_no_gradients():
+    tensors, sink, window = inputs(70, 70, 2, 1, 32, 32), numbers([4, 40]), numbers([16, 9])
+    out = streaming_attention(*tensors, sink, window)
+    dout = torch.randn(2, *out.shape, device=DEVICE)
+    (both,) = torch.autograd.grad(out, tensors[0], dout, is_grads_batched=True, retain_graph=True)
+    for one, its_dout in zip(both, dout, strict=True):
+        assert one.equal(torch.autograd.grad(out, tensors[0], its_dout, retain_graph=True)[0])
+    (dq,) = torch.autograd.grad(out.sum(), tensors[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        dq.sum().backward()
 
 
 class Layer(torch.nn.Module):

@@ -234,11 +234,11 @@ def run(
     few_rows = q.shape[2] * (q.shape[1] // k.shape[1]) <= streaming_decode.DECODE_ROWS
     is_split = few_rows and cu_seqlens_q is None and not _wants_gradients(q, k, v)
     if page_table is not None or is_split:
-        out, lse = streaming_decode.streaming_decode(
+        out, lse = streaming_decode.attention(
             q, k, v, sink, window, q_offset, page_table, kv_lens, scale, cap
         )
     else:
-        out, lse = streaming_ops.streaming_forward(
+        out, lse = streaming_ops.attention(
             q, k, v, sink, window, q_offset, cu_seqlens_q, cu_seqlens_k, scale, cap,
             ASSUMED_SINK if max_sink is None else max_sink,
         )  # fmt: skip

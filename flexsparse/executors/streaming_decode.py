@@ -11,11 +11,14 @@ prefill from pages. No gradients: nobody trains through a KV cache.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from flexsparse.executors.eager import is_watched
 from flexsparse.executors.streaming_forward import LOWEST, forward_tile, no_keys_yet, out_and_lse
 from flexsparse.executors.streaming_schedule import FAR, key_tile, needs_mask, schedule
 from flexsparse.executors.streaming_tiles import (
@@ -146,8 +149,7 @@ def tile_for(rows: int, widest: int, dtype: torch.dtype) -> tuple[int, int]:
     return (32, 8) if rows == 64 else (32, 4)
 
 
-@torch.library.custom_op("flexsparse::streaming_decode", mutates_args=())
-def streaming_decode(
+def launch_decode(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -194,7 +196,18 @@ def streaming_decode(
     return out, lse
 
 
+streaming_decode = torch.library.custom_op(
+    "flexsparse::streaming_decode", launch_decode, mutates_args=()
+)
+
+
 @streaming_decode.register_fake
 def _(q, k, v, sink, window, q_offset, page_table, kv_lens, scale, softcap):
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     return q.new_empty((*q.shape[:3], v.shape[-1])), lse
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """What `streaming_decode` gives, by the shortest way: out, lse."""
+    launch = streaming_decode if is_watched(q, k, v, *rest[:5]) else launch_decode
+    return launch(q, k, v, *rest)

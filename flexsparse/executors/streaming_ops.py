@@ -1,4 +1,7 @@
-"""The streaming kernels as operators of torch: opaque to torch.compile, with gradients."""
+"""The streaming kernels as operators of torch: opaque to torch.compile, with gradients.
+
+An operator in Python takes torch longer than all launches of a call, so eager calls go around it.
+"""
 
 # mypy: disable-error-code="import-untyped,no-untyped-call,untyped-decorator"
 
@@ -12,6 +15,7 @@ from torch import Tensor
 
 from flexsparse.executors import streaming_backward as backward
 from flexsparse.executors import streaming_forward as forward
+from flexsparse.executors.eager import is_watched
 from flexsparse.executors.streaming_tiles import (
     MAX_SINK,
     SINK_TILE,
@@ -29,8 +33,7 @@ from flexsparse.executors.streaming_tiles import (
 )
 
 
-@torch.library.custom_op("flexsparse::streaming_forward", mutates_args=())
-def streaming_forward(
+def launch_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -67,14 +70,18 @@ def streaming_forward(
     return out, lse
 
 
+streaming_forward = torch.library.custom_op(
+    "flexsparse::streaming_forward", launch_forward, mutates_args=()
+)
+
+
 @streaming_forward.register_fake
 def _(q, k, v, sink, window, *rest):  # type: ignore[no-untyped-def]
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     return q.new_empty((*q.shape[:3], v.shape[-1])), lse
 
 
-@torch.library.custom_op("flexsparse::streaming_backward", mutates_args=())
-def streaming_backward(
+def launch_backward(
     dout: Tensor,
     dlse: Tensor,
     q: Tensor,
@@ -146,6 +153,11 @@ def streaming_backward(
     return dq, dk, dv
 
 
+streaming_backward = torch.library.custom_op(
+    "flexsparse::streaming_backward", launch_backward, mutates_args=()
+)
+
+
 @streaming_backward.register_fake
 def _(dout, dlse, q, k, v, out, lse, sink, window, *rest):  # type: ignore[no-untyped-def]
     return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
@@ -156,12 +168,45 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.numbers = inputs[8:]
 
 
-def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+def _gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor, ...]:
     q, k, v, out, lse, *data = ctx.saved_tensors
     dout = torch.zeros_like(out) if dout is None else dout
     dlse = torch.zeros_like(lse) if dlse is None else dlse
-    grads = streaming_backward(dout, dlse, q, k, v, out, lse, *data, *ctx.numbers)
-    return (*grads, *[None] * 8)
+    tensors = (dout, dlse, q, k, v, out, lse, *data)
+    # where gradients of gradients are wanted, the operator refuses them
+    by_operator = torch.is_grad_enabled() or is_watched(*tensors)
+    launch = streaming_backward if by_operator else launch_backward
+    return launch(*tensors, *ctx.numbers)
+
+
+def _differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+    return (*_gradients(ctx, dout, dlse), *[None] * 8)
 
 
 streaming_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+class StreamingAttention(torch.autograd.Function):
+    """`streaming_forward` of eager calls, to autograd; `rest` is what follows q, k and v."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, rest: tuple[Any, ...]) -> Any:  # noqa: D102
+        output = launch_forward(q, k, v, *rest)
+        _save(ctx, (q, k, v, *rest), output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> Any:  # noqa: D102
+        return (*_gradients(ctx, dout, dlse), None)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """What `streaming_forward` gives, by the shortest way: out, lse."""
+    output: tuple[Tensor, Tensor]
+    if is_watched(q, k, v, *rest[:5]):
+        output = streaming_forward(q, k, v, *rest)
+    elif torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        output = StreamingAttention.apply(q, k, v, rest)
+    else:
+        output = launch_forward(q, k, v, *rest)
+    return output
