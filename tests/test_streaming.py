@@ -316,6 +316,7 @@ def test_torch_sees_well_formed_operators():
     out, lse = streaming_ops.streaming_forward(q, k, v, *forward[3:])
     backward = (out, lse, q, k, v, out, lse, *forward[3:])
     torch.library.opcheck(streaming_ops.streaming_backward, backward)
+    torch.library.opcheck(streaming_ops.streaming_backward, (out, None, *backward[2:]))
     decode = (q[:, :, :1], k, v, sink, window, None, None, None, 0.2, 0.0)
     torch.library.opcheck(streaming_decode.streaming_decode, decode)
 
@@ -342,6 +343,17 @@ def test_a_mode_sees_the_operators_and_changes_no_bit():
         streaming_attention(*(x.detach()[:, :, :1] for x in args[0]), *args[1:])
     assert seen.names == [f"flexsparse::streaming_{x}" for x in ("forward", "backward", "decode")]
     assert all(x.equal(y) for x, y in zip(alone, watched, strict=True))
+
+
+@here
+@pytest.mark.parametrize("used", [(0,), (1,)])
+def test_a_result_without_a_gradient_counts_as_one_of_zeros(used):
+    tensors, sink, window = inputs(70, 70, 2, 1, 32, 32), numbers([4, 40]), numbers([16, 9])
+    results = streaming_attention(*tensors, sink, window, return_lse=True)
+    grads = torch.autograd.grad(sum(results[i].sum() for i in used), tensors, retain_graph=True)
+    zeros = sum(x.sum() * (i in used) for i, x in enumerate(results))
+    true = torch.autograd.grad(zeros, tensors)
+    assert all(x.equal(y) for x, y in zip(grads, true, strict=True))
 
 
 @here

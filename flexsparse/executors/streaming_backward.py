@@ -74,7 +74,9 @@ def load_dq_rows(
     dout = load_rows(dout_ptr, at * V_DIM, exist, V_DIM, BLOCK_DV)  # [ROWS, V_DIM]
     out = load_rows(out_ptr, at * V_DIM, exist, V_DIM, BLOCK_DV)
     lse = tl.load(lse_ptr + at, mask=exist, other=float("-inf"))
-    dlse = tl.load(dlse_ptr + at, mask=exist, other=0.0)
+    dlse = 0.0
+    if dlse_ptr is not None:
+        dlse = tl.load(dlse_ptr + at, mask=exist, other=0.0)
     return q, dout, out, lse, dlse
 
 
@@ -125,7 +127,8 @@ def streaming_dq_kernel(
     out_ptr += dense * V_DIM
     dout_ptr += dense * V_DIM
     lse_ptr += dense
-    dlse_ptr += dense
+    if dlse_ptr is not None:
+        dlse_ptr += dense
     stats_ptr += 2 * dense
     dq_ptr += dense * HEAD_DIM
     # all loads before the first wait for one

@@ -83,7 +83,7 @@ def _(q, k, v, sink, window, *rest):  # type: ignore[no-untyped-def]
 
 def launch_backward(
     dout: Tensor,
-    dlse: Tensor,
+    dlse: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -98,7 +98,10 @@ def launch_backward(
     softcap: float,
     max_sink: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch the backward kernels: dq, dk, dv. No atomics: the same bits on every run."""
+    """Launch the backward kernels: dq, dk, dv. No atomics: the same bits on every run.
+
+    A dlse of None is zeros.
+    """
     new = torch.empty if cu_seqlens_q is None else torch.zeros
     dq, dk, dv = (new(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     n_heads, n_kv_heads, q_len, kv_len = q.shape[1], k.shape[1], q.shape[2], k.shape[2]
@@ -109,7 +112,8 @@ def launch_backward(
     tiles = tiles_for(q, v, softcap, pack)
     shape = dims(q, v)
     factors = (*score_factors(scale, softcap), scale)
-    dout, dlse = dout.contiguous(), dlse.contiguous()
+    dout = dout.contiguous()
+    dlse = None if dlse is None else dlse.contiguous()
     stats = lse.new_empty((*lse.shape, 2))
     lengths = (q_offset, cu_seqlens_q, cu_seqlens_k)
     with torch.cuda.device_of(q):
@@ -164,6 +168,7 @@ def _(dout, dlse, q, k, v, out, lse, sink, window, *rest):  # type: ignore[no-un
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:3], *output, *inputs[3:8])
     ctx.numbers = inputs[8:]
 
@@ -171,7 +176,6 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 def _gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor, ...]:
     q, k, v, out, lse, *data = ctx.saved_tensors
     dout = torch.zeros_like(out) if dout is None else dout
-    dlse = torch.zeros_like(lse) if dlse is None else dlse
     tensors = (dout, dlse, q, k, v, out, lse, *data)
     # where gradients of gradients are wanted, the operator refuses them
     by_operator = torch.is_grad_enabled() or is_watched(*tensors)
