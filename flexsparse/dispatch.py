@@ -190,15 +190,17 @@ def _choose(
         raise ExecutorError(
             f"No executor that skips blocks can run this call: {reasons['blockwise']}. {DENSE}"
         )
-    reasons = dict(found)
-    if reasons[executor] is not None:
-        chosen = next(name for name, reason in reasons.items() if reason is None)
-        fix = f"Drop executor= to let flexsparse choose (it would choose {chosen})."
-        raise ExecutorError(
-            f"executor={executor!r} cannot run this call: {reasons[executor]}. "
-            f"{DENSE if chosen == 'reference' else fix}"
-        )
-    return executor
+    reasons = {}
+    for name, reason in found:
+        if name == executor and reason is None:
+            return executor
+        reasons[name] = reason
+    chosen = next(name for name, reason in reasons.items() if reason is None)
+    fix = f"Drop executor= to let flexsparse choose (it would choose {chosen})."
+    raise ExecutorError(
+        f"executor={executor!r} cannot run this call: {reasons[executor]}. "
+        f"{DENSE if chosen == 'reference' else fix}"
+    )
 
 
 def _of_parts(x: Tensor, parts: Sequence[Sequence[int]]) -> Iterable[Tensor]:

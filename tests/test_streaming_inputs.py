@@ -92,6 +92,7 @@ def test_an_old_device_is_refused(good, monkeypatch):
     turing = types.SimpleNamespace(major=7)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: turing)
+    monkeypatch.setattr(streaming, "_is_old", streaming._is_old.__wrapped__)
     assert streaming.unsupported(**good) == (
         "cuda:0 is older than compute capability 8.0, which the kernels need"
     )

@@ -7,6 +7,7 @@ triton; triton is imported by the first call that runs.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
 import os
@@ -57,17 +58,17 @@ def unsupported(
 ) -> str | None:
     """Why these kernels cannot run these inputs, as a sentence, or None if they can."""
     cu_seqlens_q, cu_seqlens_k, _, page_table, kv_lens = positions
+    device, dtype = q.device, q.dtype
     reason = missing() or _unsupported_device(q)
     if reason is not None:
         return reason
-    named = {"q": q, "k": k, "v": v}
-    for name, x in named.items():
+    for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 4:
             return f"{name} has {x.dim()} dimensions; it must be [batch, heads, length, head_dim]"
         if x.dtype not in DTYPES:
             return f"{name} is {x.dtype}; the kernel takes float16, bfloat16 or float32"
-        if x.dtype != q.dtype:
-            return f"{name} is {x.dtype} but q is {q.dtype}; convert one of them"
+        if x.dtype != dtype:
+            return f"{name} is {x.dtype} but q is {dtype}; convert one of them"
         if x.shape[-1] not in HEAD_DIMS:
             return f"{name} has head_dim {x.shape[-1]}; the kernel takes one of {HEAD_DIMS}"
         if x.stride(-1) != 1:
@@ -75,18 +76,19 @@ def unsupported(
                 f"{name}'s last dimension has stride {x.stride(-1)}; the kernel takes 1: "
                 f"pass {name}.contiguous()"
             )
-    if q.shape[-1] != k.shape[-1]:
-        return f"q has head_dim {q.shape[-1]} but k has {k.shape[-1]}; they must be equal"
-    if q.shape[0] > MAX_BATCH:
-        return f"q has batch {q.shape[0]}; the kernel takes at most {MAX_BATCH}"
+    n_batch, n_heads, _, head_dim = q.shape
+    kv_batch, n_kv_heads, _, k_head_dim = k.shape
+    if head_dim != k_head_dim:
+        return f"q has head_dim {head_dim} but k has {k_head_dim}; they must be equal"
+    if n_batch > MAX_BATCH:
+        return f"q has batch {n_batch}; the kernel takes at most {MAX_BATCH}"
     if k.shape[:3] != v.shape[:3]:
         return f"k is {list(k.shape[:3])} but v is {list(v.shape[:3])} in [batch, heads, length]"
-    if page_table is None and q.shape[0] != k.shape[0]:
-        return f"q has batch {q.shape[0]} but k has {k.shape[0]}; they must be equal"
-    n_heads, n_kv_heads = q.shape[1], k.shape[1]
+    if page_table is None and n_batch != kv_batch:
+        return f"q has batch {n_batch} but k has {kv_batch}; they must be equal"
     if n_heads == 0 or n_kv_heads == 0 or n_heads % n_kv_heads:
         return f"q has {n_heads} heads and k {n_kv_heads}; q's must be a multiple of k's"
-    for name, x in {"sink": sink, "window": window}.items():
+    for name, x in (("sink", sink), ("window", window)):
         if x.shape != (n_heads,) or x.dtype != torch.int32 or not x.is_contiguous():
             return (
                 f"{name} is {x.dtype} {list(x.shape)}; the kernel takes a contiguous int32 tensor "
@@ -97,35 +99,36 @@ def unsupported(
         return "only one of cu_seqlens_q and cu_seqlens_k was given; give both or neither"
     if (page_table is None) != (kv_lens is None):
         return "page_table and kv_lens (keys in use, per row) go together; give both or neither"
-    if packed and (page_table is not None or q.shape[0] != 1):
+    if packed and (page_table is not None or n_batch != 1):
         return (
             f"cu_seqlens_q came with {'pages' if page_table is not None else 'batch'} "
-            f"(q has batch {q.shape[0]}); packed sequences are one batch row and have no pages"
+            f"(q has batch {n_batch}); packed sequences are one batch row and have no pages"
         )
-    n_seqs = q.shape[0]
+    n_seqs = n_batch
     if cu_seqlens_q is not None and cu_seqlens_k is not None:
         n_seqs = cu_seqlens_q.numel() - 1
         if cu_seqlens_k.shape != cu_seqlens_q.shape or n_seqs < 1:
             return "cu_seqlens_q and cu_seqlens_k need the same length, the number of sequences + 1"
     if page_table is not None and (page_table.dim() != 2 or page_table.shape[0] != n_seqs):
         return f"page_table is {list(page_table.shape)}; the kernel takes [{n_seqs}, pages per row]"
-    numbers = positions._asdict()
-    for name, x in numbers.items():
-        if isinstance(x, Tensor) and (x.dtype != torch.int32 or not x.is_contiguous()):
+    named = zip(Positions._fields, positions, strict=True)
+    given = [(name, x) for name, x in named if isinstance(x, Tensor)]
+    for name, x in given:
+        if x.dtype != torch.int32 or not x.is_contiguous():
             return f"{name} is {x.dtype}, strides {x.stride()}; the kernel takes contiguous int32"
-        if isinstance(x, Tensor) and name in ("kv_lens", "q_offset") and x.shape != (n_seqs,):
+        if name in ("kv_lens", "q_offset") and x.shape != (n_seqs,):
             return f"{name} is {list(x.shape)}; it must be one number per sequence, [{n_seqs}]"
-    others = {"k": k, "v": v, "sink": sink, "window": window} | numbers
-    for name, x in others.items():
-        if isinstance(x, Tensor) and x.device != q.device:
-            return f"{name} is on {x.device} but q is on {q.device}; move one of them"
+    for name, x in (("k", k), ("v", v), ("sink", sink), ("window", window), *given):
+        if x.device != device:
+            return f"{name} is on {x.device} but q is on {device}; move one of them"
     return None
 
 
 def _unsupported_device(q: Tensor) -> str | None:
     if q.is_cuda:
-        # fake CUDA tensors exist without a device
-        if torch.cuda.is_available() and torch.cuda.get_device_properties(q.device).major < 8:
+        # torch.compile warns of a cache
+        is_old = _is_old.__wrapped__ if torch.compiler.is_compiling() else _is_old
+        if is_old(q.device):
             return f"{q.device} is older than compute capability 8.0, which the kernels need"
         return None
     if not _INTERPRETED:
@@ -136,6 +139,12 @@ def _unsupported_device(q: Tensor) -> str | None:
     if q.dtype == torch.bfloat16:
         return "q is torch.bfloat16, which Triton's interpreter cannot multiply; use float16 there"
     return None
+
+
+@functools.cache
+def _is_old(device: torch.device) -> bool:
+    # fake CUDA tensors exist without a device
+    return torch.cuda.is_available() and torch.cuda.get_device_properties(device).major < 8
 
 
 def streaming_attention(

@@ -63,6 +63,7 @@ TILES: dict[tuple[int, int], Tiles] = {
 FLOAT32_TILES = Tiles(*[Tile(32, 32, 4, 1)] * 3)
 
 
+@functools.cache
 def architecture(device: torch.device) -> int:
     """The row of TILES for a device: 80, 90 or 100.
 
@@ -79,14 +80,19 @@ def tiles_for(q: Tensor, v: Tensor, softcap: float, pack: int) -> Tiles:
     """The tile sizes for these dtypes, head dims, device and heads packed into a program."""
     if q.dtype == torch.float32:
         return FLOAT32_TILES
-    arch, widest = architecture(q.device), max(q.shape[-1], v.shape[-1])
+    widest = max(q.shape[-1], v.shape[-1])
+    return _tiles_of(architecture(q.device), widest, softcap > 0, pack > 1)
+
+
+@functools.cache
+def _tiles_of(arch: int, widest: int, is_capped: bool, is_packed: bool) -> Tiles:
     fwd, dq, dkdv = TILES[arch, next(dim for dim in (64, 128, 256) if widest <= dim)]
-    if softcap > 0:  # its tanh takes registers
+    if is_capped:  # its tanh takes registers
         fwd = fwd._replace(kv=min(fwd.kv, CAPPED_STEP))
         dq = dq._replace(kv=min(dq.kv, CAPPED_STEP), halves=1)
         dkdv = dkdv._replace(rows=min(dkdv.rows, CAPPED_STEP // (2 if widest > 128 else 1)))
     # of packed heads a tile of both halves has few positions, so few keys to see in vain
-    if pack > 1 or (arch == 90 and halves_wait()):
+    if is_packed or (arch == 90 and halves_wait()):
         fwd, dq = one_tile(fwd), one_tile(dq)
     return Tiles(fwd, dq, dkdv)
 
@@ -127,6 +133,7 @@ def dims(q: Tensor, v: Tensor) -> dict[str, int]:
     return {"HEAD_DIM": d, "V_DIM": dv, "BLOCK_D": padded(d), "BLOCK_DV": padded(dv)}
 
 
+@functools.cache
 def pack_of(group_size: int) -> int:
     """How many heads of a group one program takes."""
     return next(n for n in (4, 2, 1) if group_size % n == 0)
