@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -41,21 +40,21 @@ def attend(
     refuse_unknown(executor)
     if not q.shape[0]:
         return _of_no_rows(q, k, v)
-    casts = _is_autocast(q)
-    if casts:
+    if _is_autocast(q):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    with torch.autocast(q.device.type, enabled=False) if casts else contextlib.nullcontext():
-        if modifiers.score_mod is None or torch.compiler.is_compiling():
-            return _run_all(launches, q, k, v, modifiers, executor)
-        try:
-            return _run_all(launches, q, k, v, modifiers, executor)
-        except Exception as error:
-            # only now, because to try a score_mod takes as long as a small call
-            reason = no_score_mod(modifiers.score_mod, q)
-            if reason is None:
-                raise
-            raise MaskError(reason) from error
+        with torch.autocast(q.device.type, enabled=False):
+            return attend(launches, q, k, v, modifiers, executor)
+    if modifiers.score_mod is None or torch.compiler.is_compiling():
+        return _run_all(launches, q, k, v, modifiers, executor)
+    try:
+        return _run_all(launches, q, k, v, modifiers, executor)
+    except Exception as error:
+        # only now, because to try a score_mod takes as long as a small call
+        reason = no_score_mod(modifiers.score_mod, q)
+        if reason is None:
+            raise
+        raise MaskError(reason) from error
 
 
 def _run_all(
@@ -94,9 +93,10 @@ def _run_all(
 
 def _is_autocast(q: Tensor) -> bool:
     # autocast leaves float64 as it is, and knows nothing of some devices
-    if q.dtype == torch.float64 or q.device.type == "meta":
+    if q.dtype == torch.float64 or q.is_meta:
         return False
-    return torch.is_autocast_enabled(q.device.type)
+    # a device takes as long to say its type as all else here
+    return torch.is_autocast_enabled("cpu" if q.is_cpu else q.device.type)
 
 
 def _of_no_rows(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,10 +17,11 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def mismatch(compiled: CompiledMask, q: Tensor, k: Tensor, v: Tensor) -> str | None:
     """Why these inputs do not fit this mask or each other, as a sentence, or None if they do."""
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if isinstance(x, Tensor) and (x.is_nested or x.layout != torch.strided):
+        is_tensor = isinstance(x, Tensor)
+        if is_tensor and (x.is_nested or x.layout != torch.strided):
             return f"{name} is nested or sparse; pad it, or pack it and use fs.varlen."
-        if not isinstance(x, Tensor) or x.dim() != 4:
-            found = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        if not is_tensor or x.dim() != 4:
+            found = tuple(x.shape) if is_tensor else type(x).__name__
             return f"{name} is {found}; it must be a tensor [batch, heads, tokens, head_dim]."
         if x.dtype != q.dtype:
             return f"{name} is {x.dtype} and q is {q.dtype}; give all three the same dtype."
@@ -29,31 +30,35 @@ def mismatch(compiled: CompiledMask, q: Tensor, k: Tensor, v: Tensor) -> str | N
                 f"{name} is on {x.device} and this mask was compiled for {compiled.device}. "
                 f"Compile again with device={str(x.device)!r}, or move {name}."
             )
-        if x.shape[0] != q.shape[0]:
-            return f"{name} has {x.shape[0]} batch rows and q has {q.shape[0]}; give them the same."
+    # each x.shape makes a tuple
+    batch, n_heads, q_len, head_dim = q.shape
+    k_batch, n_kv_heads, k_len, k_head_dim = k.shape
+    v_batch, v_heads, v_len, v_head_dim = v.shape
+    for name, rows in (("k", k_batch), ("v", v_batch)):
+        if rows != batch:
+            return f"{name} has {rows} batch rows and q has {batch}; give them the same."
     if q.dtype not in DTYPES:
         return (
             f"q, k and v are {q.dtype}; attention takes floating-point tensors: float16, bfloat16, "
             "float32 or float64."
         )
     for name, n, compiled_n, what in (
-        ("q", q.shape[2], compiled.q_len, "q_len"),
-        ("k", k.shape[2], compiled.kv_len, "kv_len"),
-        ("v", v.shape[2], compiled.kv_len, "kv_len"),
+        ("q", q_len, compiled.q_len, "q_len"),
+        ("k", k_len, compiled.kv_len, "kv_len"),
+        ("v", v_len, compiled.kv_len, "kv_len"),
     ):
         if n != compiled_n:
             return (
                 f"{name} has length {n} but this mask was compiled for {what}={compiled_n}. "
                 f"Compile again with {what}={n}; compiling takes milliseconds."
             )
-    if q.shape[3] != k.shape[3]:
-        return f"q has head_dim {q.shape[3]} and k has {k.shape[3]}; they must be the same."
-    for name, x in (("q", q), ("v", v)):
-        if 0 in (x.shape[1], x.shape[3]):
-            return f"{name} is {tuple(x.shape)}; it must have heads, and a head_dim, of 1 or more."
-    n_heads, n_kv_heads = q.shape[1], k.shape[1]
-    if v.shape[1] != n_kv_heads:
-        return f"k has {n_kv_heads} heads and v has {v.shape[1]}; they must have the same."
+    if head_dim != k_head_dim:
+        return f"q has head_dim {head_dim} and k has {k_head_dim}; they must be the same."
+    if 0 in (n_heads, head_dim, v_heads, v_head_dim):
+        name, x = ("q", q) if 0 in (n_heads, head_dim) else ("v", v)
+        return f"{name} is {tuple(x.shape)}; it must have heads, and a head_dim, of 1 or more."
+    if v_heads != n_kv_heads:
+        return f"k has {n_kv_heads} heads and v has {v_heads}; they must have the same."
     if n_kv_heads == 0 or n_heads % n_kv_heads:
         return (
             f"q has {n_heads} heads, which is not a multiple of the {n_kv_heads} heads of k and v."
@@ -63,10 +68,8 @@ def mismatch(compiled: CompiledMask, q: Tensor, k: Tensor, v: Tensor) -> str | N
             f"The mask has {compiled.n_heads} heads but q has {n_heads} query heads. Give one mask "
             f"per *query* head (not per kv head: n_kv_heads = {n_kv_heads})."
         )
-    if compiled.batch is not None and q.shape[0] != compiled.batch:
-        return (
-            f"q has {q.shape[0]} batch rows but this mask was compiled for batch={compiled.batch}."
-        )
+    if compiled.batch is not None and batch != compiled.batch:
+        return f"q has {batch} batch rows but this mask was compiled for batch={compiled.batch}."
     for table in compiled.tables:
         # a graph being compiled knows no versions of tensors
         if not is_compiling() and table.changed:

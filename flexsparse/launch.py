@@ -79,16 +79,16 @@ class Launch:
     @property
     def usual_executor(self) -> str:
         """What runs a forward pass in half precision, without a score_mod and without the LSE."""
-        if sdpa.unsupported(self.mask, self.grid) is None:
+        if self._never["sdpa"] is None:
             return "sdpa"
         if self.device.type == "cuda":
             if self.band is not None and flash.missing() is None:
                 return "flash"
             if self.streams is not None and streaming.missing() is None:
                 return "streaming"
-        if self._not_gathered(self.device) is None:
+        if self._not_gathered() is None:
             return "gather"
-        return "blockwise" if self._not_elementwise() or flex.missing(self.device) else "flex"
+        return "blockwise" if self._never["flex"] or flex.missing(self.device) else "flex"
 
     def cost(self, head_dim: int, element_size: int) -> Cost:
         """What a forward pass of one batch row costs; element_size is in bytes."""
@@ -105,7 +105,8 @@ class Launch:
         return_lse: bool = False,
     ) -> Iterator[tuple[str, str | None]]:
         """Each executor, the preferred one first, with why it cannot run these inputs, or None."""
-        no_streams = None if self.streams else "the mask is not causal & (sink(s) | window(w))"
+        never, transformed = self._never, _transformed(q, k, v)
+        no_streams = never["streaming"]
         if score_mod is not None or dropout is not None:
             no_streams = no_streams or "the streaming kernels take neither score_mod nor dropout"
         asked: dict[str, Any] = {
@@ -113,10 +114,8 @@ class Launch:
             "dropout": dropout,
             "return_lse": return_lse,
         }
-        transformed = _transformed(q, k, v)
-        yield "sdpa", sdpa.unsupported(self.mask, self.grid, **asked)
-        no_band = None if self.band else "the mask is not one band that ends at the last key"
-        yield "flash", no_band or transformed or flash.unsupported(q, k, v, **asked)
+        yield "sdpa", never["sdpa"] or sdpa.unsupported_extras(**asked)
+        yield "flash", never["flash"] or transformed or flash.unsupported(q, k, v, **asked)
         yield (
             "streaming",
             no_streams
@@ -125,17 +124,29 @@ class Launch:
                 q, k, v, *self.sinks_and_windows(range(q.shape[1])), self.positions
             ),
         )
-        yield "gather", self._not_gathered(q.device, **asked)
-        yield (
-            "flex",
-            transformed or self._not_elementwise() or flex.unsupported(q, k, v, **asked),
-        )
+        yield "gather", self._not_gathered(**asked)
+        yield "flex", transformed or never["flex"] or flex.unsupported(q, k, v, **asked)
         yield "blockwise", transformed or blockwise.unsupported(q, k, v, self.grid.block_size)
         yield "reference", None
 
-    def _not_gathered(self, device: torch.device, **asked: Any) -> str | None:
+    @functools.cached_property
+    def _never(self) -> dict[str, str | None]:
+        """Why executors cannot run this mask, whatever the inputs, or None; asked once."""
+        return {
+            "sdpa": sdpa.unsupported(self.mask, self.grid),
+            "flash": None if self.band else "the mask is not one band that ends at the last key",
+            "streaming": None if self.streams else "the mask is not causal & (sink(s) | window(w))",
+            "gather": gather.unsupported(self.grid, self.device),
+            "flex": self._not_elementwise(),
+        }
+
+    def _not_gathered(self, **asked: Any) -> str | None:
         """Why keys cannot be gathered, or None if they can."""
-        return gather.unsupported(self.grid, device, **asked) or gather.too_many(self.keys_seen)
+        return (
+            self._never["gather"]
+            or gather.unsupported_extras(**asked)
+            or gather.too_many(self.keys_seen)
+        )
 
     def _not_elementwise(self) -> str | None:
         """Why kernels cannot compile the mask, or None if they can."""
@@ -241,15 +252,16 @@ class Launch:
         return lowering(mask, self.device, renumbered, wide)
 
 
-def _transformed(*inputs: Tensor) -> str | None:
+def _transformed(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     """Why kernels would lose what torch.func makes of an input, as a sentence, or None."""
     if torch.compiler.is_compiling():
         return None
-    if any(torch._C._functorch.is_batchedtensor(x) for x in inputs):
+    is_mapped = torch._C._functorch.is_batchedtensor
+    if is_mapped(q) or is_mapped(k) or is_mapped(v):
         return "torch.func.vmap is mapped over it, and a batch is the first dimension of q, k and v"
     # the level is -1 where there are no tangents at all
     if forward_ad._current_level >= 0:
-        for x in inputs:
+        for x in (q, k, v):
             if forward_ad.unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]
                 return "an input carries a tangent, and only dense attention passes it on"
     return None

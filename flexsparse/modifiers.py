@@ -31,19 +31,19 @@ class Modifiers(NamedTuple):
         Raises:
             MaskError: scale is not a finite number, or score_mod is not a function.
         """
-        scale = self.scale
-        if isinstance(scale, Tensor):
-            raise MaskError(
-                f"scale is a tensor {tuple(scale.shape)}; it takes a number, and gives no "
-                "gradient. For a scale that learns, multiply q by it and pass scale=1.0."
-            )
         if self.score_mod is not None and not callable(self.score_mod):
             raise MaskError(
                 f"score_mod={self.score_mod!r}; it must be a function of (score, b, h, q_idx, "
                 "kv_idx) that returns the new score."
             )
+        scale = self.scale
         if scale is None:
             return self
+        if isinstance(scale, Tensor):
+            raise MaskError(
+                f"scale is a tensor {tuple(scale.shape)}; it takes a number, and gives no "
+                "gradient. For a scale that learns, multiply q by it and pass scale=1.0."
+            )
         if not isinstance(scale, Real) or isinstance(scale, bool) or not _is_finite(scale):
             raise MaskError(
                 f"scale={scale!r}; it must be a finite number. None is 1 / sqrt(head_dim)."

@@ -4,5 +4,6 @@ run(q, k, v, ...) -> (out, lse). Its other arguments are the mask in terms of it
 None where nobody asked for it.
 
 unsupported(...) -> why it cannot run a call, as the end of a sentence, or None. `run` trusts that
-it was asked; `reference` runs every call and has none.
+it was asked; `reference` runs every call and has none. Of sdpa and gather it asks about the mask
+alone, once, and `unsupported_extras` about what each call wants besides.
 """

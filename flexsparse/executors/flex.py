@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import types
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -51,12 +52,11 @@ def unsupported(
     return_lse: bool = False,
 ) -> str | None:
     """Why flex_attention cannot run these inputs, as a sentence, or None if it can."""
-    reason = missing(q.device)
-    if reason is not None:
-        return reason
-    if q.device.type == "cpu":
+    if q.is_cpu:
+        if _MISSING_ON_CPU is not None:
+            return _MISSING_ON_CPU
         if torch.is_grad_enabled():
-            if any(x.requires_grad for x in (q, k, v)):
+            if q.requires_grad or k.requires_grad or v.requires_grad:
                 return "flex_attention has no backward on CPU, and an input requires a gradient"
             # a graph being compiled cannot tell what a score_mod reads
             if score_mod and not torch.compiler.is_compiling() and captured_by(score_mod, q):
@@ -70,11 +70,11 @@ def unsupported(
             return "dropout needs the LSE, and flex_attention returns none on CPU"
         if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"flex_attention on CPU takes float32, bfloat16 and float16, and q is {q.dtype}"
-    elif q.device.type == "cuda":
+    elif q.is_cuda:
         for name, size in (("q and k", q.shape[-1]), ("v", v.shape[-1])):
             if size < 16:
                 return f"flex_attention on CUDA needs a head_dim of 16; that of {name} is {size}"
-    if 0 in q.shape or 0 in k.shape or 0 in v.shape:
+    if not (q.numel() and k.numel() and v.numel()):
         return "an input is empty"
     return None
 
@@ -97,7 +97,7 @@ def run(
             q, k, v, block_mask, dropout, scale=scale, score_mod=score_mod, return_lse=return_lse
         )
     hints = kernel_options or {}
-    if q.device.type == "cpu":
+    if q.is_cpu:
         # there are no gradients here, and torch refuses inputs that ask for them, no_grad or not
         q, k, v = q.detach(), k.detach(), v.detach()
     if torch.compiler.is_compiling():
@@ -105,17 +105,21 @@ def run(
         # the storage offset of a view made inside the graph, and fails where it would fuse with
         # what comes after it (torch 2.13): so it gets no views, and a copy seals its output.
         score_mod = score_mod and _scaled(score_mod, None, q.device)
-        if q.device.type != "cpu":
+        if not q.is_cpu:
             return _attend(q, k, v, block_mask, score_mod, scale, return_lse, hints)  # type: ignore[no-any-return]
         q, k, v = (x.clone(memory_format=torch.contiguous_format) for x in (q, k, v))
         out, lse = _attend(q, k, v, block_mask, score_mod, scale, return_lse, hints)
         return _sealed(out), lse
-    if scale == q.shape[3] ** -0.5:
+    if scale is not None and scale == q.shape[3] ** -0.5:
         scale = None
     if score_mod is not None or scale is not None:
         score_mod, scale = _scaled(score_mod, scale, q.device), None if scale is None else 1.0
     arguments = (q, k, v, block_mask, score_mod, scale, return_lse, hints)
-    _fix_table_lengths(block_mask.mask_mod, score_mod)
+    if block_mask.mask_mod not in _fixed_tables:
+        _fix_table_lengths(block_mask.mask_mod)
+        _fixed_tables.add(block_mask.mask_mod)
+    if score_mod is not None:
+        _fix_table_lengths(score_mod)
     structure = _structure(q, k, v, block_mask, score_mod, return_lse, hints)
     while True:
         is_fixed = structure in _fixed_lengths
@@ -124,11 +128,10 @@ def run(
         is_new = kernel is None
         if kernel is None:
             # on CPU, lengths are data from the first call on; measured as fast as fixed lengths
-            dynamic = False if is_fixed else True if q.device.type == "cpu" else None
+            dynamic = False if is_fixed else True if q.is_cpu else None
             kernel = _kernels[key] = _compile(dynamic, q.device)
-        # Without this, lengths that happen to be equal in a call that compiles would have to stay
-        # equal. It is set by hand: torch's context manager takes several times as long.
-        duck_shape, _symbols.use_duck_shape = _symbols.use_duck_shape, False
+        # at every call, since any may compile: a guard fails
+        tie_equal_lengths = _untie_equal_lengths()
         try:
             return kernel(*arguments)  # type: ignore[no-any-return]
         except _gave_up():
@@ -139,11 +142,11 @@ def run(
         except _compile_error():
             # some masks and score_mods do not compile in C++ with lengths as data (torch 2.13)
             del _kernels[key]
-            if q.device.type != "cpu" or is_fixed:
+            if not q.is_cpu or is_fixed:
                 raise
             _fixed_lengths.add(structure)
         finally:
-            _symbols.use_duck_shape = duck_shape
+            tie_equal_lengths()
 
 
 def _scaled(score_mod: ScoreMod | None, scale: float | None, device: torch.device) -> ScoreMod:
@@ -208,7 +211,11 @@ def _(x: Tensor) -> Tensor:
 
 
 _symbols: Any = torch.fx.experimental._config
+# Without this, lengths that happen to be equal in a call that compiles would have to stay equal.
+# torch.compile sets its own in this way at each call: config.patch takes several times as long.
+_untie_equal_lengths = _symbols._make_closure_patcher(use_duck_shape=False)
 _kernels: dict[Any, Callable[..., Any]] = {}
+_fixed_tables: weakref.WeakSet[Any] = weakref.WeakSet()  # mask_mods, whose tables never change
 _fixed_lengths: set[Any] = set()  # structures whose kernels compile for fixed lengths alone
 
 
@@ -266,16 +273,15 @@ def _compile_error() -> type[Exception]:
     return InductorError
 
 
-def _fix_table_lengths(*mods: Any) -> None:
+def _fix_table_lengths(mod: Any) -> None:
     """Let the compiler take the lengths of captured tables as fixed.
 
     Inductor's C++ kernel does not compile with tables of symbolic length (torch 2.13). `lower`
     rounds lengths up to powers of 2, so that there are few.
     """
-    for mod in mods:
-        for table in _captured(mod):
-            if isinstance(table, Tensor) and not hasattr(table, "_dynamo_static_indices"):
-                torch._dynamo.mark_static(table)
+    for table in _captured(mod):
+        if isinstance(table, Tensor) and not hasattr(table, "_dynamo_static_indices"):
+            torch._dynamo.mark_static(table)
 
 
 def _captured(mod: Any, seen: tuple[Any, ...] = ()) -> Iterator[Any]:
@@ -319,6 +325,8 @@ def _structure(
     """What a kernel is specialised for: the structure of the mask and never its numbers."""
     code = getattr(block_mask.mask_mod, "__code__", block_mask.mask_mod)
     grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    batch, n_heads, q_len, head_dim = q.shape
+    _, n_kv_heads, kv_len, _ = k.shape
     # sizes of 1 and the order of dimensions in memory are specialised by the compiler in any case
     return (
         code,
@@ -328,15 +336,15 @@ def _structure(
         grad,
         q.device,
         q.dtype,
-        q.shape[1],
-        k.shape[1],
-        q.shape[3],
+        n_heads,
+        n_kv_heads,
+        head_dim,
         v.shape[3],
         block_mask.BLOCK_SIZE,
-        tuple(size == 1 for size in block_mask.kv_indices.shape),
-        q.shape[0] == 1,
-        q.shape[2] == 1,
-        k.shape[2] == 1,
+        tuple([size == 1 for size in block_mask.kv_indices.shape]),
+        batch == 1,
+        q_len == 1,
+        kv_len == 1,
         q.is_contiguous(),
         k.is_contiguous(),
         v.is_contiguous(),

@@ -13,8 +13,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.functional import scaled_dot_product_attention
 
 from flexsparse.analysis.classify import Grid
-from flexsparse.dropout import Dropout
-from flexsparse.executors.sdpa import unsupported_extras
+from flexsparse.executors import sdpa
 from flexsparse.expr import Mask
 
 MOST_COPIED = 512  # keys; measured with 8 heads of 64: from there on flex_attention is faster
@@ -22,24 +21,27 @@ MOST_COPIED = 512  # keys; measured with 8 heads of 64: from there on flex_atten
 Keys = slice | Tensor  # int64 [keys], ascending
 
 
-def unsupported(
-    grid: Grid,
-    device: torch.device,
-    *,
-    score_mod: object | None = None,
-    dropout: Dropout | None = None,
-    return_lse: bool = False,
-) -> str | None:
-    """Why keys cannot be gathered for these inputs, as a sentence, or None if they can."""
+def unsupported(grid: Grid, device: torch.device) -> str | None:
+    """Why keys cannot be gathered on this grid, as a sentence, or None if they can."""
     if device.type != "cpu":
         return "keys are gathered on CPU alone"
     if grid.q_len != 1:
         return f"keys are gathered for one query, and there are {grid.q_len}"
     if grid.planes > 1:
         return "heads or batch rows see keys of their own"
+    return None
+
+
+def unsupported_extras(
+    *,
+    score_mod: object | None = None,
+    dropout: object | None = None,
+    return_lse: bool = False,
+) -> str | None:
+    """Why gathering cannot do what is asked besides a mask, or None."""
     if torch.compiler.is_compiling():
         return "how many keys a query sees is data, which a graph being compiled does not know"
-    return unsupported_extras(score_mod=score_mod, dropout=dropout, return_lse=return_lse)
+    return sdpa.unsupported_extras(score_mod=score_mod, dropout=dropout, return_lse=return_lse)
 
 
 def keys_seen(mask: Mask, grid: Grid, lists: BlockMask) -> Keys:

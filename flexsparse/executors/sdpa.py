@@ -14,14 +14,7 @@ from flexsparse.expr import Mask, everything, kv_idx, q_idx
 CAUSAL = kv_idx <= q_idx
 
 
-def unsupported(
-    mask: Mask,
-    grid: Grid,
-    *,
-    score_mod: object | None = None,
-    dropout: object | None = None,
-    return_lse: bool = False,
-) -> str | None:
+def unsupported(mask: Mask, grid: Grid) -> str | None:
     """Why scaled_dot_product_attention cannot run this mask, as a sentence, or None if it can."""
     # torch's is_causal counts both positions from 0; to one query, causal is the first keys
     from_the_first = grid.q_offset == 0 or (grid.q_len == 1 and grid.q_offset > 0)
@@ -30,7 +23,7 @@ def unsupported(
             "scaled_dot_product_attention takes full masks, and causal ones of a single query or "
             "of queries from position 0 on"
         )
-    return unsupported_extras(score_mod=score_mod, dropout=dropout, return_lse=return_lse)
+    return None
 
 
 def unsupported_extras(
