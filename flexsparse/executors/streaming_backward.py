@@ -287,20 +287,6 @@ def part_of(chunk, kv_head, kv0, n_kv_heads, n_sink, BLOCK_KV: tl.constexpr):
     return ((chunk.to(tl.int64) * n_kv_heads + kv_head) * n_sink) * BLOCK_KV + kv0
 
 
-@triton.jit
-def sum_parts(
-    part_ptr, out_ptr, part, part_size, n_parts, at, valid, factor,
-    DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SUM: tl.constexpr,
-):  # fmt: skip
-    """Write the sum of the parts of some keys, in their order; they lie part_size rows apart."""
-    rows = tl.arange(0, BLOCK_SUM).to(tl.int64) * DIM
-    total = tl.zeros([BLOCK_SUM, BLOCK_D], tl.float32)
-    for _ in range(n_parts):
-        total += load_rows(part_ptr + part * DIM, rows, valid, DIM, BLOCK_D)
-        part += part_size
-    store_rows(out_ptr + at * DIM, rows, valid, total * factor, DIM, BLOCK_D)
-
-
 @triton.jit(do_not_specialize=["q_len", "kv_len", "n_chunks", "n_sink"])
 def streaming_sum_kernel(
     dk_part, dv_part, dk_ptr, dv_ptr, sink, window, cu_seqlens_q, cu_seqlens_k, first_chunk,
@@ -328,9 +314,16 @@ def streaming_sum_kernel(
     part = part_of(first, kv_head, kv0, n_kv_heads, n_sink, BLOCK_KV)
     part_size = n_sink.to(tl.int64) * n_kv_heads * BLOCK_KV
     n_parts = (q_len + chunk - 1) // chunk
-    valid = tl.arange(0, BLOCK_SUM) < kv_len - kv0
+    i_kv = tl.arange(0, BLOCK_SUM)
+    valid = i_kv < kv_len - kv0
+    i_kv = i_kv.to(tl.int64)
+    dk = tl.zeros([BLOCK_SUM, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_SUM, BLOCK_DV], tl.float32)
+    # its time is that of waiting for loads, so that several are asked for at once
+    for _ in tl.range(n_parts, loop_unroll_factor=4):
+        dk += load_rows(dk_part + part * HEAD_DIM, i_kv * HEAD_DIM, valid, HEAD_DIM, BLOCK_D)
+        dv += load_rows(dv_part + part * V_DIM, i_kv * V_DIM, valid, V_DIM, BLOCK_DV)
+        part += part_size
     at = (tl.cast(batch, tl.int64) * n_kv_heads + kv_head) * n_keys + kv_start + kv0
-    sum_parts(
-        dk_part, dk_ptr, part, part_size, n_parts, at, valid, scale, HEAD_DIM, BLOCK_D, BLOCK_SUM
-    )
-    sum_parts(dv_part, dv_ptr, part, part_size, n_parts, at, valid, 1.0, V_DIM, BLOCK_DV, BLOCK_SUM)
+    store_rows(dk_ptr + at * HEAD_DIM, i_kv * HEAD_DIM, valid, dk * scale, HEAD_DIM, BLOCK_D)
+    store_rows(dv_ptr + at * V_DIM, i_kv * V_DIM, valid, dv, V_DIM, BLOCK_DV)
