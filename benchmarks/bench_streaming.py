@@ -41,8 +41,6 @@ PASSES = ("fwd", "fwd_bwd")
 # flex is given the better of these; the tiles of its forward kernel must divide the block
 FLEX_BLOCKS: dict[int, dict[str, Any]] = {128: {}, 64: {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64}}
 HYBRID_PATTERN = PATTERNS[0]
-
-
 SECONDS_OF_TURNS = 1.5  # for each pass of a case, within these bounds
 MIN_TURNS, MAX_TURNS = 5, 30
 

@@ -319,8 +319,8 @@ def streaming_sum_kernel(
     i_kv = i_kv.to(tl.int64)
     dk = tl.zeros([BLOCK_SUM, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_SUM, BLOCK_DV], tl.float32)
-    # its time is that of waiting for loads, so that several are asked for at once
-    for _ in tl.range(n_parts, loop_unroll_factor=4):
+    # one loop for both: its time is that of waiting for loads
+    for _ in range(n_parts):
         dk += load_rows(dk_part + part * HEAD_DIM, i_kv * HEAD_DIM, valid, HEAD_DIM, BLOCK_D)
         dv += load_rows(dv_part + part * V_DIM, i_kv * V_DIM, valid, V_DIM, BLOCK_DV)
         part += part_size

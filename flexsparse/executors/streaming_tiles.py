@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 SINK_TILE = 16  # the narrowest tile tensor cores take, for short sinks
-SUM_TILE = 16  # keys whose partial sums a program adds
+SUM_TILE = 8  # keys whose partial sums a program adds
 # partial sums of sink keys: about this many programs share them, whatever the device, so that the
 # order of the sums (and with it every bit of the gradients) depends on shapes alone
 SINK_PROGRAMS = 1024
