@@ -78,9 +78,6 @@ def traced(monkeypatch):
     """Kernels are traced by dynamo, with its limit, and run as they are: to compile takes long."""
     monkeypatch.setattr(flex, "_kernels", {})
     monkeypatch.setattr(flex.flex_cpu, "compile_graph", lambda graph, _: graph.forward)
-    # as inductor does when it writes a kernel
-    with torch._dynamo.config.patch(specialize_float=True):
-        yield
 
 
 def softcap(c):

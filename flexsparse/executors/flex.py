@@ -129,7 +129,11 @@ def run(
         if kernel is None:
             # on CPU, lengths are data from the first call on; measured as fast as fixed lengths
             dynamic = False if is_fixed else True if q.is_cpu else None
-            kernel = _kernels[key] = _compile(dynamic, q.device)
+            kernel = _compile(dynamic, q.device)
+            if score_mod is not None:
+                # its numbers are constants, in any case: of others torch 2.15 makes no kernel
+                kernel = torch._dynamo.config.patch(specialize_float=True)(kernel)
+            _kernels[key] = kernel
         # at every call, since any may compile: a guard fails
         tie_equal_lengths = _untie_equal_lengths()
         try:
