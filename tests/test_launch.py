@@ -11,7 +11,7 @@ import torch
 from flexsparse import ExecutorError, compile_mask, everything, h, kv_idx, per_head, q_idx
 from flexsparse.analysis.classify import Grid
 from flexsparse.dropout import Dropout, is_kept
-from flexsparse.executors import flash, flex
+from flexsparse.executors import flash, flex, flex_kernels
 from flexsparse.launch import EXECUTORS
 from flexsparse.masks import causal, packed, same_document, sink, window
 
@@ -222,8 +222,8 @@ def test_dropout_is_of_query_heads_whatever_runs_them(executor):
 
 def test_dropout_through_flex_takes_two_passes(monkeypatch):
     """On CPU flex gives no LSE when compiled; uncompiled it does, and is as exact."""
-    monkeypatch.setattr(flex, "_compile", lambda *options: flex._attend)
-    monkeypatch.setattr(flex, "_kernels", {})
+    monkeypatch.setattr(flex_kernels, "_compile", lambda *options: flex_kernels.attend)
+    monkeypatch.setattr(flex_kernels, "_kernels", {})
     mask = causal & window(5) & (q_idx >= 3)  # rows without a key
     q, k, v = inputs(2, 2, 40)
     lists = compile_mask(mask, 40, 40, n_heads=2).block_mask

@@ -10,7 +10,7 @@ from torch.nn.attention import flex_attention as torch_flex
 from torch.nn.functional import scaled_dot_product_attention
 
 from flexsparse import compile_mask, kv_idx, per_head, q_idx
-from flexsparse.executors import flex
+from flexsparse.executors import flex_kernels
 from flexsparse.masks import causal, chunked, dilated, sink, strided, window
 
 TOKENS = torch.arange(300)
@@ -76,8 +76,8 @@ def test_eleven_scales_are_one_compilation(graphs):
 @pytest.fixture
 def traced(monkeypatch):
     """Kernels are traced by dynamo, with its limit, and run as they are: to compile takes long."""
-    monkeypatch.setattr(flex, "_kernels", {})
-    monkeypatch.setattr(flex.flex_cpu, "compile_graph", lambda graph, _: graph.forward)
+    monkeypatch.setattr(flex_kernels, "_kernels", {})
+    monkeypatch.setattr(flex_kernels.flex_cpu, "compile_graph", lambda graph, _: graph.forward)
 
 
 def softcap(c):
