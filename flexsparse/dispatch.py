@@ -40,7 +40,7 @@ def attend(
     refuse_unknown(executor)
     if not q.shape[0]:
         return _of_no_rows(q, k, v)
-    if _is_autocast(q):
+    if is_cast_by_autocast(q):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         with torch.autocast(q.device.type, enabled=False):
@@ -55,6 +55,15 @@ def attend(
         if reason is None:
             raise
         raise MaskError(reason) from error
+
+
+def is_cast_by_autocast(x: Tensor) -> bool:
+    """Whether autocast is on and casts such a tensor, as it does before torch's own attention."""
+    # it leaves float64 as it is, and knows nothing of some devices
+    if x.dtype == torch.float64 or not x.is_floating_point() or x.is_meta:
+        return False
+    # a device takes as long to say its type as all else here
+    return torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type)
 
 
 def _run_all(
@@ -89,14 +98,6 @@ def _run_all(
             lses.append(lse)
         order.extend(heads)
     return _in_head_order(outs, order), _in_head_order(lses, order) if lses else None
-
-
-def _is_autocast(q: Tensor) -> bool:
-    # autocast leaves float64 as it is, and knows nothing of some devices
-    if q.dtype == torch.float64 or q.is_meta:
-        return False
-    # a device takes as long to say its type as all else here
-    return torch.is_autocast_enabled("cpu" if q.is_cpu else q.device.type)
 
 
 def _of_no_rows(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from flexsparse.dispatch import is_cast_by_autocast
+
 if TYPE_CHECKING:
     from flexsparse.compiler import CompiledMask
 
@@ -23,7 +25,7 @@ def mismatch(compiled: CompiledMask, q: Tensor, k: Tensor, v: Tensor) -> str | N
         if not is_tensor or x.dim() != 4:
             found = tuple(x.shape) if is_tensor else type(x).__name__
             return f"{name} is {found}; it must be a tensor [batch, heads, tokens, head_dim]."
-        if x.dtype != q.dtype:
+        if x.dtype != q.dtype and not (is_cast_by_autocast(x) and is_cast_by_autocast(q)):
             return f"{name} is {x.dtype} and q is {q.dtype}; give all three the same dtype."
         if x.device != compiled.device:
             return (

@@ -518,6 +518,21 @@ def test_under_autocast_all_executors_give_its_dtype(executor):
     assert_as_good_as_dense(out, mask, *(x.bfloat16() for x in qkv))
 
 
+def test_autocast_brings_q_and_k_in_float32_to_the_dtype_of_v():
+    # a norm of queries and keys is float32 under autocast, a projection is not
+    attend, (q, k, v) = compile_mask(STREAMING, 64, 64), inputs(64, 64)
+    half = [x.bfloat16() for x in (q, k, v)]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert attend(q, k, half[2]).equal(attend(*half))
+        assert attend(half[0], k, v).equal(attend(*half))
+        with pytest.raises(MaskError, match=r"v is torch.float64 and q is torch.float32"):
+            attend(q, k, v.double())
+        with pytest.raises(MaskError, match=r"k is torch.int32 and q is torch.float32"):
+            attend(q, k.int(), v)
+    with pytest.raises(MaskError, match=r"v is torch.bfloat16 and q is torch.float32"):
+        attend(q, k, half[2])
+
+
 @pytest.mark.parametrize("executor", [None, "flex", "blockwise"])
 def test_what_torch_func_would_lose_is_refused(executor):
     q, k, v = inputs(64, 64)
