@@ -4,7 +4,8 @@ Heads with the same mask share one set of blocks. Heads whose masks differ in nu
 launch too, with blocks for each head, as long as the lists of blocks stay small: it fills the
 device where single heads would not, and reads q, k and v where they are. Masks for token streaming
 on CUDA always do, since they differ in numbers alone once they are in normal form. In packed
-sequences it is the mask inside each that is of such a form.
+sequences, whether `varlen` packed them or the mask says itself which tokens are of one, it is the
+mask inside each that is of such a form.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 
 from flexsparse.analysis.classify import BlockClasses, Grid, classify
 from flexsparse.analysis.normal_form import sink_and_window
+from flexsparse.analysis.sequences import Sequences, sequences_of
 from flexsparse.analysis.unify import structure, unify
 from flexsparse.analysis.validate import problem
 from flexsparse.errors import MaskError
@@ -22,7 +24,7 @@ from flexsparse.executors import flash
 from flexsparse.expr import Mask, kv_idx, q_idx
 from flexsparse.heads import PerHead
 from flexsparse.launch import LARGE_GRID, Launch
-from flexsparse.packed.packing import PackedHeads, PackedTokens
+from flexsparse.packed.packing import Pack, PackedHeads, PackedTokens
 from flexsparse.text import shown
 
 
@@ -38,11 +40,10 @@ def launches(masks: PerHead, grid: Grid, device: torch.device) -> tuple[Launch, 
         MaskError: a mask cannot be compiled for this grid and device.
     """
     packed = masks if isinstance(masks, PackedHeads) and masks.tokens.fill(grid) else None
-    inside, tokens = (packed.inside, packed.tokens) if packed else (masks.distinct, None)
     groups: dict[Hashable, list[Launch]] = {}
     for i, mask in enumerate(masks.distinct):
-        streams = _streams(inside[i], grid, tokens)
-        launch = _launch(masks.heads_of(i), mask, grid, device, streams, tokens)
+        packing = (packed.inside[i], packed.tokens) if packed else None
+        launch = _launch(masks.heads_of(i), mask, grid, device, packing)
         groups.setdefault(_group(launch), []).append(launch)
     return tuple(
         launch
@@ -56,10 +57,9 @@ def _launch(
     mask: Mask,
     whole: Grid,
     device: torch.device,
-    streams: tuple[tuple[int, int]] | None,
-    tokens: PackedTokens | None,
+    packing: tuple[Mask, PackedTokens] | None,
 ) -> Launch:
-    """The heads that have one mask."""
+    """The heads that have one mask; `packing` is what that is inside each sequence, and these."""
     for variable, name, given in (("b", "batch", whole.batch), ("h", "n_heads", whole.heads)):
         if variable in mask.variables and not given:
             raise MaskError(
@@ -73,18 +73,28 @@ def _launch(
     if reason is not None:
         raise MaskError(reason)
     classes = classify(mask, grid)
-    band = flash.band(mask, grid)
+    is_square = grid.q_len == grid.kv_len and grid.q_offset == 0
+    sequences = sequences_of(mask, grid.kv_len) if is_square else None
+    band = flash.band(mask, grid, sequences)
+    tokens: PackedTokens | None
+    if packing is not None:
+        inside, tokens = packing
+        numbers = sink_and_window(inside)
+    else:
+        tokens = None if sequences is None else _tokens(sequences, device)
+        numbers = sink_and_window(mask, sequences)
+    streams = None if numbers is None else (_in_reach(*numbers, grid, tokens),)
     return Launch(heads, mask, grid, device, lambda: classes, streams, band, tokens)
 
 
-def _streams(mask: Mask, grid: Grid, tokens: PackedTokens | None) -> tuple[tuple[int, int]] | None:
-    """The sink and the window of a mask of positions, if it is of these two."""
-    numbers = sink_and_window(mask)
-    if numbers is None:
-        return None
-    sink, window = numbers
-    # numbers past every key mean the same, and fit the kernels' int32
-    return ((min(sink, grid.kv_len), min(window, max(_last_position(grid, tokens) + 1, 1))),)
+def _tokens(sequences: Sequences, device: torch.device) -> PackedTokens:
+    pack = Pack(sequences.cu_seqlens.diff().tolist(), 1, device)
+    return PackedTokens(pack, pack, [0] * len(pack.lens))
+
+
+def _in_reach(sink: int, window: int, grid: Grid, tokens: PackedTokens | None) -> tuple[int, int]:
+    """The same sink and window, cut off at the last key, so that kernels have room in int32."""
+    return min(sink, grid.kv_len), min(window, max(_last_position(grid, tokens) + 1, 1))
 
 
 def _last_position(grid: Grid, tokens: PackedTokens | None) -> int:
@@ -98,7 +108,7 @@ def _group(launch: Launch) -> Hashable:
         assert launch.streams is not None
         # the kernels take some heads together, and then read the keys that any of them sees
         is_dense = launch.streams[0][1] > _last_position(launch.grid, launch.tokens)
-        return executor, is_dense
+        return executor, is_dense, launch.tokens and launch.tokens.sequences
     if executor in ("sdpa", "flash") or "h" in launch.mask.variables:
         return id(launch)
     return executor, structure(launch.mask)

@@ -171,7 +171,7 @@ class Launch:
             self,
             grid=its_grid,
             find_classes=lambda: self.classes.of_row(row, its_grid),
-            band=flash.band(self.mask, its_grid),
+            band=flash.band(self.mask, its_grid, None),
             # one query is no sequence of its pack
             streams=self.streams if self.tokens is None else None,
             tokens=None,

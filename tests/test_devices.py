@@ -8,9 +8,19 @@ import torch
 from pretend_cuda import pretend_cuda
 
 import flexsparse as fs
+from flexsparse import kv_idx
 from flexsparse.compat.block_sparse_attn import block_sparse_attn_func, token_streaming_attn_func
 from flexsparse.executors import flash, flex, streaming
-from flexsparse.masks import block_sparse, causal, full, same_document, sink, strided, window
+from flexsparse.masks import (
+    block_sparse,
+    causal,
+    full,
+    packed,
+    same_document,
+    sink,
+    strided,
+    window,
+)
 from flexsparse.packed.varlen import plan_varlen
 
 matplotlib.use("Agg")
@@ -229,6 +239,28 @@ def test_packed_windows_stay_with_flash_and_dense_heads_stream_by_themselves(cud
     ):
         plan = plan_varlen(mask, ends[0], kv_ends, n_heads=6, device="cuda")
         assert {x.heads: x.usual_executor for x in plan.compiled.launches} == expected
+
+
+def test_documents_in_a_mask_stream(cuda, monkeypatch):
+    host, tensors, ids = cuda
+
+    def attend(ids, device):
+        ends = torch.tensor([0, 70, 140, 210, 280, N], device=device)  # where ids change
+        masks = [packed(ends, inner=causal & (sink(4) | window(w))) for w in (40, 9)]
+        masks += [causal & same_document(ids), packed(ends, inner=causal & (kv_idx < 3))]
+        return fs.compile_mask(fs.per_head(masks), N, N, device=device)
+
+    compiled = attend(ids, "cuda")
+    executors = {x.heads: x.usual_executor for x in compiled.launches}
+    assert executors == {(0, 1, 3): "streaming", (2,): "flash"}
+    assert compiled.launches[0].streams == ((4, 40), (4, 9), (3, 0))
+    monkeypatch.setattr(streaming, "run", streaming_run)
+    monkeypatch.setattr(flash, "unsupported", lambda *_, **__: "the device is pretended")
+    mine = compiled(*tensors, return_lse=True)
+    with torch.device("cpu"):
+        expected = attend(IDS, "cpu")(*host, return_lse=True, executor="reference")
+    for x, y in zip(mine, expected, strict=True):
+        close(x, y)
 
 
 def test_block_sparse_attentions_token_streaming_streams(cuda, monkeypatch):

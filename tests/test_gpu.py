@@ -48,6 +48,7 @@ CASES = [
     ("streaming", [STREAMING, causal & window(9), causal, STREAMING], (4, 2), (N, N)),
     ("streaming", [STREAMING] * 4, (4, 4), (100, N)),
     ("streaming", [causal & (sink(4) | window(600))] * 2, (2, 2), (700, 700)),
+    ("streaming", [packed(ENDS, inner=STREAMING), packed(ENDS)] * 2, (4, 2), (N, N)),
     ("flex", [STREAMING] * 4, (4, 1), (N, N)),
     ("flex", [causal & strided(3), causal & strided(5)] * 2, (4, 2), (100, N)),
     ("flex", [same_document(IDS)] * 4, (4, 2), (N, N)),

@@ -125,9 +125,13 @@ BANDS = [
 ]
 
 
+def band_of(mask, where):
+    return compile_mask(mask, where.q_len, where.kv_len, q_offset=where.q_offset).launches[0].band
+
+
 @pytest.mark.parametrize(("mask", "where", "expected"), BANDS, ids=lambda x: str(x)[:60])
 def test_a_band_is_recognised(mask, where, expected):
-    band = flash.band(mask, where)
+    band = band_of(mask, where)
     if expected is None:
         assert band is None
         return
@@ -165,7 +169,7 @@ def test_a_band_runs_as_varlen_attn(monkeypatch, mask, where, expected):
         return
     monkeypatch.setattr(flash, "_varlen_attn", lambda: dense_varlen_attn)
     q, k, v = inputs(4, 2, where.q_len, where.kv_len)
-    out, _ = flash.run(q, k, v, flash.band(mask, where), scale=0.3)
+    out, _ = flash.run(q, k, v, band_of(mask, where), scale=0.3)
     attend = compile_mask(mask, where.q_len, where.kv_len)
     torch.testing.assert_close(out, attend(q, k, v, scale=0.3, executor="reference"))
 
@@ -300,6 +304,9 @@ def cuda_launch(mask, q_len, kv_len):
         (causal & same_document(torch.zeros(300, dtype=torch.int32)), "flash"),
         (causal & (sink(4) | window(64)), "streaming"),
         (causal & sink(4), "streaming"),
+        (packed(300 * ENDS // 20), "flash"),
+        (packed(300 * ENDS // 20, inner=causal & (sink(4) | window(64))), "streaming"),
+        (causal & same_document(IDS.repeat(15)) & (sink(4) | window(64)), "flex"),
         (causal & (q_idx % 2).equals(0), "flex"),
     ],
     ids=str,

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from flexsparse import bit_xor, everything, from_mask_mod, h, kv_idx, lookup, nothing, q_idx
 from flexsparse.analysis.normal_form import FAR, Term, sink_and_window, terms
+from flexsparse.analysis.sequences import sequences_of
 from flexsparse.analysis.unify import structure, unify
 from flexsparse.masks import causal, same_document, sink, vertical_stripe, window
 
@@ -113,14 +114,74 @@ def test_long_masks_and_long_sums_are_recognised():
     assert terms(vertical_stripe(range(0, 1000, 2))) is None
 
 
-def test_documents_are_recognised_and_other_lookups_are_not():
-    ids = torch.tensor([0, 0, 1])
-    same = lookup(ids, q_idx).equals(lookup(ids, kv_idx))
-    (term,) = terms(causal & same)
-    assert term.documents.tensor is ids
-    assert term.far_lo == 0
-    other = lookup(ids, q_idx).equals(lookup(ids + 1, kv_idx))
-    assert terms(other) is None
+ENDS = torch.tensor([0, 2, 7, LENGTH])
+IDS = torch.tensor([5, 1, 3]).repeat_interleave(ENDS.diff())
+POSITIONS = INDEX - ENDS[:-1].repeat_interleave(ENDS.diff())
+SAME = same_document(IDS)
+Q, KV = lookup(POSITIONS, q_idx), lookup(POSITIONS, kv_idx)
+
+
+def of_documents(mask):
+    return terms(mask, sequences_of(mask, LENGTH))
+
+
+@pytest.mark.parametrize(
+    ("mask", "expected"),
+    [
+        (SAME & causal, (Term(far_lo=0),)),
+        (causal & (Q - KV < 5) & SAME, (Term(far_lo=0, far_hi=4),)),
+        ((SAME & causal) & (KV < 2), (Term(key_hi=1, far_lo=0),)),
+        (SAME & (window(3) | (KV + 1 <= 2)), (Term(far_hi=2), Term(key_hi=1))),
+        (SAME & (SAME | causal), (Term(),)),
+        (SAME & ~SAME, ()),
+        (SAME & causal & (kv_idx < 2), None),  # places in the pack, not positions
+        (SAME & (kv_idx <= Q), None),
+        (SAME & (Q < 3), None),
+        (SAME & same_document(IDS % 2), None),
+        (SAME | causal, None),
+        ((SAME & causal) | (SAME & window(2)), None),
+        (same_document(IDS[INDEX % 5]) & causal, None),  # documents in several runs
+        (lookup(IDS, q_idx).equals(lookup(IDS + 1, kv_idx)) & causal, None),
+        (SAME & (lookup(POSITIONS + 1, q_idx) >= KV), None),
+    ],
+    ids=str,
+)
+def test_masks_of_documents_are_recognised_by_positions_in_them(mask, expected):
+    assert of_documents(mask) == expected
+
+
+in_documents = st.recursive(
+    st.one_of(
+        st.sampled_from([causal, SAME, Q >= KV, everything]),
+        numbers.map(lambda n: q_idx - kv_idx < n),
+        numbers.map(lambda n: n <= Q - KV),
+        numbers.map(lambda n: n > KV),
+        numbers.map(lambda n: kv_idx < n),
+        numbers.map(lambda n: q_idx - KV < n),
+    ),
+    lambda inner: st.one_of(
+        st.tuples(inner, inner).map(lambda x: x[0] & x[1]),
+        st.tuples(inner, inner).map(lambda x: x[0] | x[1]),
+        inner.map(lambda x: ~x),
+    ),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=400)
+@given(in_documents)
+def test_the_terms_of_documents_are_the_mask_in_each(mask):
+    union = of_documents(SAME & mask)
+    if union is None:
+        return
+    kept = (SAME & mask)(*PAIRS).expand(LENGTH, LENGTH)
+    lengths = ENDS.diff().tolist()
+    alone = torch.block_diag(*(dense(union)[:n, :n] for n in lengths)).bool()
+    assert alone.equal(kept)
+
+
+def test_other_lookups_are_not_recognised():
+    assert terms(SAME & causal) is None
     assert terms(causal & bit_xor(q_idx, kv_idx).equals(0)) is None
 
 

@@ -178,9 +178,8 @@ def test_packed_sequences_equal_each_alone(monkeypatch, q_lens, kv_lens):
     monkeypatch.setattr(streaming_tiles, "MIN_CHUNK", 64)
     kv_lens = kv_lens or q_lens
     cu = [numbers([0, *torch.tensor(lens).cumsum(0).tolist()]) for lens in (q_lens, kv_lens)]
-    tensors, sink, window = (
-        inputs(sum(q_lens), sum(kv_lens), 2, 1, 32, 32), numbers([4, 40]), numbers([16, 50]),
-    )  # fmt: skip
+    tensors = inputs(sum(q_lens), sum(kv_lens), 2, 1, 32, 32, batch=2)
+    sink, window = numbers([4, 40]), numbers([16, 50])
 
     def alone(q, k, v, sink, window):
         cut = (x.split(n, 2) for x, n in ((q, q_lens), (k, kv_lens), (v, kv_lens)))
@@ -225,6 +224,20 @@ def test_varlen_runs_the_heads_of_packed_sequences_here(q_lens, kv_lens, options
     tensors = inputs(int(ends[0][-1]), int(ends[1][-1]), 4, 2, 32, 32)
     mine = packed(tensors, *ends, heads, executor="streaming", **options)
     assert_close(mine, packed(in_float64(tensors), *ends, heads, executor="reference", **options))
+
+
+@here
+@pytest.mark.parametrize("batch", [1, 2])
+def test_heads_of_documents_in_a_mask_run_here(monkeypatch, batch):
+    monkeypatch.setattr(streaming_tiles, "MIN_CHUNK", 32)
+    ends, n = torch.tensor([0, 40, 41, 110]), 110
+    heads = [masks.packed(ends, inner=masks.token_streaming(*x)) for x in ((4, 9), (40, 17))]
+    heads.append(masks.packed(ends, inner=masks.causal & masks.sink(3)))
+    heads.append(masks.same_document(torch.bucketize(torch.arange(n), ends)) & masks.causal)
+    mine, true = (fs.compile_mask(fs.per_head(heads), n, n, device=x) for x in (DEVICE, "cpu"))
+    tensors = inputs(n, n, 4, 2, 32, 32, batch=batch)
+    mine = run(mine, tensors, return_lse=True, executor="streaming")
+    assert_close(mine, run(true, in_float64(tensors), return_lse=True, executor="reference"))
 
 
 @here

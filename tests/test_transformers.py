@@ -21,14 +21,20 @@ from transformers import (
     Gemma3ForConditionalGeneration,
     StaticCache,
 )
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import (
+    and_masks,
+    causal_mask_function,
+    create_causal_mask,
+    find_packed_sequence_indices,
+    packed_sequence_mask_function,
+)
 
 import flexsparse as fs
 from flexsparse import ExecutorError, MaskError
 from flexsparse.integrations import transformers as integration
 from flexsparse.integrations.transformers import attention, rules
 from flexsparse.integrations.transformers.rows import ALL_HEADS, Pick, attend_row, pick
-from flexsparse.masks import causal
+from flexsparse.masks import causal, sink, window
 from flexsparse.plan import SparsePlan
 
 LENGTH = 150  # more than a block
@@ -69,13 +75,24 @@ def test_logits_are_those_of_dense_attention(family, kind, ids):
     assert out.std() > 0.1
 
 
-def test_packed_sequences_are_as_if_each_were_alone(llama, ids):
-    lengths = [70, 17, LENGTH - 87]
-    position_ids = torch.cat([torch.arange(n) for n in lengths])[None].expand(2, -1)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_packed_sequences_are_as_if_each_were_alone(llama, ids, batch):
+    lengths, ids = [70, 17, LENGTH - 87], ids[:batch]
+    position_ids = torch.cat([torch.arange(n) for n in lengths])[None].expand(batch, -1)
     with torch.no_grad():
         packed = llama(ids, position_ids=position_ids, use_cache=False).logits
         alone = [llama(part, use_cache=False).logits for part in ids.split(lengths, 1)]
     torch.testing.assert_close(packed, torch.cat(alone, 1), atol=1e-5, rtol=0)
+
+
+def test_packed_sequences_of_one_batch_row_are_what_the_streaming_kernels_take():
+    lengths = [70, 17, 43]
+    starts = find_packed_sequence_indices(torch.cat([torch.arange(n) for n in lengths])[None])
+    packed = and_masks(causal_mask_function, packed_sequence_mask_function(starts))
+    own = rules.of(packed, None, (130, 130), 0, 0, torch.device("cpu"))
+    (launch,) = fs.compile_mask(own.and_also(causal & (sink(4) | window(9))), 130, 130).launches
+    assert launch.streams == ((4, 9),)
+    assert launch.positions.cu_seqlens_k.tolist() == [0, 70, 87, 130]
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])

@@ -2,10 +2,13 @@
 
 A mask is brought to a union of terms, each a conjunction of bounds:
 
-    Term:  key_lo <= kv_idx <= key_hi  and  far_lo <= q_idx - kv_idx <= far_hi  [and same document]
+    Term:  key_lo <= kv_idx <= key_hi  and  far_lo <= q_idx - kv_idx <= far_hi
 
 Recognition goes by this form and not by how the mask was written, so `causal & (sink | window)`,
 `(causal & sink) | (causal & window)` and a traced mask_mod of the same rule are one and the same.
+
+Where the tokens are packed sequences, q_idx and kv_idx are here positions in a sequence. The mask
+reads these from tables; of its own q_idx and kv_idx, places in the pack, the distance is the same.
 """
 
 from __future__ import annotations
@@ -13,8 +16,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+from flexsparse.analysis.sequences import Sequences, documents_of
 from flexsparse.expr import Mask
-from flexsparse.tensors import Table
 from flexsparse.tree import Expr
 from flexsparse.walks import postorder
 
@@ -23,27 +26,20 @@ MAX_TERMS = 16
 
 
 class Term(NamedTuple):
-    """A conjunction of bounds on kv_idx and on the distance q_idx - kv_idx, ends included.
-
-    documents: a table that has the same entry at q_idx as at kv_idx, or None
-    """
+    """A conjunction of bounds on kv_idx and on the distance q_idx - kv_idx, ends included."""
 
     key_lo: int = -FAR
     key_hi: int = FAR
     far_lo: int = -FAR
     far_hi: int = FAR
-    documents: Table | None = None
 
-    def meet(self, other: Term) -> Term | None:
-        """Both at once, or None if that is no Term."""
-        if None not in (self.documents, other.documents) and self.documents != other.documents:
-            return None
+    def meet(self, other: Term) -> Term:
+        """Both at once."""
         return Term(
             max(self.key_lo, other.key_lo),
             min(self.key_hi, other.key_hi),
             max(self.far_lo, other.far_lo),
             min(self.far_hi, other.far_hi),
-            self.documents or other.documents,
         )
 
     @property
@@ -56,44 +52,44 @@ Union = tuple[Term, ...]
 
 
 class Line(NamedTuple):
-    """The index expression q * q_idx + kv * kv_idx + constant."""
+    """The index expression q * q_idx + kv * kv_idx + start * s + constant.
+
+    s is the place of the first token of the sequence; the others are positions in it.
+    """
 
     q: int
     kv: int
+    start: int
     constant: int
 
 
-def terms(mask: Mask) -> Union | None:
-    """The mask as a union of terms, or None if it is not one (or one of very many)."""
+def terms(mask: Mask, sequences: Sequences | None = None) -> Union | None:
+    """The mask as a union of terms, or None if it is not one (or one of very many).
+
+    With sequences, it is what the mask says of two tokens of one sequence.
+    """
     lines: dict[int, Line | None] = {}
     unions: dict[tuple[int, bool], Union | None] = {}
     for node in postorder(mask):
         if isinstance(node, Mask):
             for wanted in (True, False):
-                unions[id(node), wanted] = _union(node, wanted, unions, lines)
+                if sequences is not None and documents_of(node) == sequences.ids:
+                    unions[id(node), wanted] = (Term(),) if wanted else ()
+                else:
+                    unions[id(node), wanted] = _union(node, wanted, unions, lines)
         else:
-            lines[id(node)] = _line(node, lines)
+            lines[id(node)] = _line(node, lines, sequences)
     return unions[id(mask), True]
 
 
-def documents_of(node: Expr) -> Table | None:
-    """The table whose entries at q_idx and at kv_idx a comparison wants to be equal, if it does."""
-    if node.op != "==" or any(len(arg.args) != 1 for arg in node.args):
-        return None
-    a, b = node.args
-    readers = {(a.op, a.args[0].op), (b.op, b.args[0].op)}
-    same = readers == {("lookup", "q_idx"), ("lookup", "kv_idx")} and a.payload == b.payload
-    return a.payload if same else None
-
-
-def sink_and_window(mask: Mask) -> tuple[int, int] | None:
+def sink_and_window(mask: Mask, sequences: Sequences | None = None) -> tuple[int, int] | None:
     """(s, w) if the mask is `causal & (kv_idx < s | q_idx - kv_idx < w)`, else None; FAR is any."""
-    union = terms(mask)
+    union = terms(mask, sequences)
     if not union:
         return None
     sink, window = 0, 0
     for term in union:
-        if term.documents is not None or term.far_lo != 0 or term.key_lo > 0:
+        if term.far_lo != 0 or term.key_lo > 0:
             return None
         if term.key_hi == FAR:
             window = max(window, term.far_hi + 1 if term.far_hi < FAR else FAR)
@@ -121,29 +117,20 @@ def _union(
             return None
         if (mask.op == "|") == wanted:
             return _without_needless((*first, *second))
-        both = [a.meet(b) for a in first for b in second]
-        return None if None in both else _without_needless(x for x in both if x is not None)
+        return _without_needless(a.meet(b) for a in first for b in second)
     if mask.op in ("<", "<="):
         small, large = mask.args if wanted else reversed(mask.args)
         strict = (mask.op == "<") == wanted
         difference = _difference(lines[id(small)], lines[id(large)])
         return None if difference is None else _at_most(difference, -1 if strict else 0)
     if mask.op == "==" and wanted:
-        table = documents_of(mask)
-        if table is not None:
-            return (Term(documents=table),)
         a, b = (lines[id(arg)] for arg in mask.args)
         ahead, behind = _difference(a, b), _difference(b, a)
         if ahead is None or behind is None:
             return None
         below, above = _at_most(ahead, 0), _at_most(behind, 0)
-        return None if not below or not above else _met(below[0], above[0])
+        return None if not below or not above else _without_needless([below[0].meet(above[0])])
     return None
-
-
-def _met(a: Term, b: Term) -> Union | None:
-    both = a.meet(b)
-    return None if both is None else _without_needless([both])
 
 
 def _without_needless(union: Iterable[Term]) -> Union | None:
@@ -157,12 +144,20 @@ def _without_needless(union: Iterable[Term]) -> Union | None:
     return tuple(kept) if len(kept) <= MAX_TERMS else None
 
 
-def _line(index: Expr, lines: Mapping[int, Line | None]) -> Line | None:
+def _line(
+    index: Expr, lines: Mapping[int, Line | None], sequences: Sequences | None
+) -> Line | None:
     """An index expression as a Line, from its operands'; None if it is not linear."""
     if index.op == "const":
-        return Line(0, 0, int(index.payload))
+        return Line(0, 0, 0, int(index.payload))
     if index.op in ("q_idx", "kv_idx"):
-        return Line(int(index.op == "q_idx"), int(index.op == "kv_idx"), 0)
+        is_q = index.op == "q_idx"
+        return Line(int(is_q), int(not is_q), int(sequences is not None), 0)
+    if index.op == "lookup" and len(index.args) == 1 and index.args[0].op in ("q_idx", "kv_idx"):
+        of_place = lines[id(index.args[0])]
+        if of_place is None or sequences is None or not sequences.numbers_tokens(index.payload):
+            return None
+        return of_place._replace(start=0)
     if index.op not in ("+", "-", "*"):
         return None
     a, b = (lines[id(arg)] for arg in index.args)
@@ -172,8 +167,8 @@ def _line(index: Expr, lines: Mapping[int, Line | None]) -> Line | None:
         return _difference(a, b)
     if index.op == "+":
         return Line(*(x + y for x, y in zip(a, b, strict=True)))
-    a, b = (a, b) if b[:2] == (0, 0) else (b, a)
-    return Line(*(x * b.constant for x in a)) if b[:2] == (0, 0) else None
+    a, b = (a, b) if b[:3] == (0, 0, 0) else (b, a)
+    return Line(*(x * b.constant for x in a)) if b[:3] == (0, 0, 0) else None
 
 
 def _difference(a: Line | None, b: Line | None) -> Line | None:
@@ -184,8 +179,10 @@ def _difference(a: Line | None, b: Line | None) -> Line | None:
 
 def _at_most(line: Line, bound: int) -> Union | None:
     """The terms of line <= bound."""
-    q, kv, constant = line
+    q, kv, start, constant = line
     room = bound - constant
+    if start:
+        return None  # in each sequence it is another bound
     if q == kv == 0:
         return (Term(),) if room >= 0 else ()
     if q == 0:

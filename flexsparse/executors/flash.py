@@ -15,11 +15,9 @@ import torch
 from torch import Tensor
 
 from flexsparse.analysis.classify import Grid
-from flexsparse.analysis.normal_form import documents_of, terms
+from flexsparse.analysis.normal_form import terms
+from flexsparse.analysis.sequences import Sequences
 from flexsparse.expr import Mask
-from flexsparse.tensors import Table
-from flexsparse.tree import Expr
-from flexsparse.walks import postorder, rewritten
 
 
 class Band(NamedTuple):
@@ -36,61 +34,27 @@ class Band(NamedTuple):
     longest: int
 
 
-def band(mask: Mask, grid: Grid) -> Band | None:
-    """The mask as a band, or None if it is not one at these lengths."""
+def band(mask: Mask, grid: Grid, sequences: Sequences | None) -> Band | None:
+    """The mask as a band, or None if it is not one at these lengths.
+
+    sequences: those that the mask keeps pairs of alone
+    """
     # FlashAttention puts the last query at the last key
     if grid.q_offset != grid.kv_len - grid.q_len:
         return None
-    documents = _documents(mask)
-    ends = None
-    if documents is not None and not grid.q_offset and grid.q_len == grid.kv_len:
-        ends = _starts_of_runs(documents.tensor[: grid.q_len])
-        mask = mask if ends is None else _without_places(mask, ends)
-    union = terms(mask)
+    union = terms(mask, sequences)
     if union is None or len(union) != 1:
         return None
     (term,) = union
-    if term.documents is not None and (ends is None or term.documents != documents):
-        return None
-    if term.documents is None and documents is not None:
-        return None  # it is read, but does not part the tokens
     left = -1 if term.far_hi >= grid.q_offset + grid.q_len - 1 else term.far_hi
     right = -1 if -term.far_lo >= grid.kv_len - 1 - grid.q_offset else -term.far_lo
     sees_its_own = term.far_lo <= 0 <= term.far_hi
     sees_every_key = term.key_lo <= 0 and term.key_hi >= grid.kv_len - 1
     if not (sees_its_own and sees_every_key):
         return None
-    longest = max(grid.q_len, grid.kv_len) if ends is None else int(ends.diff().max())
-    return Band(left, right, ends, longest)
-
-
-def _documents(mask: Mask) -> Table | None:
-    """A table that the mask compares at q_idx and at kv_idx, if there is one."""
-    return next(filter(None, map(documents_of, postorder(mask))), None)
-
-
-def _starts_of_runs(ids: Tensor) -> Tensor | None:
-    """Where each document begins, and the end: int32; None if one lies in several runs."""
-    runs, lengths = torch.unique_consecutive(ids, return_counts=True)
-    if len(runs.unique()) != len(runs):
-        return None
-    return torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-
-
-def _without_places(mask: Mask, cu_seqlens: Tensor) -> Mask:
-    """The mask with places in a document as positions: inside one, distances are the same."""
-    total = int(cu_seqlens[-1])
-    starts = cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff(), output_size=total)
-    places = torch.arange(total, device=starts.device) - starts
-
-    def without(node: Expr, args: tuple[Expr, ...]) -> Expr:
-        if node.op == "lookup" and len(args) == 1 and args[0].op in ("q_idx", "kv_idx"):
-            table = node.payload.tensor
-            if len(table) >= total and table[:total].equal(places.to(table.dtype)):
-                return args[0]
-        return node.over(args)
-
-    return rewritten(mask, without)
+    if sequences is None:
+        return Band(left, right, None, max(grid.q_len, grid.kv_len))
+    return Band(left, right, sequences.cu_seqlens, int(sequences.cu_seqlens.diff().max()))
 
 
 def unsupported(

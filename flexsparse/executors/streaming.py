@@ -99,11 +99,8 @@ def unsupported(
         return "only one of cu_seqlens_q and cu_seqlens_k was given; give both or neither"
     if (page_table is None) != (kv_lens is None):
         return "page_table and kv_lens (keys in use, per row) go together; give both or neither"
-    if packed and (page_table is not None or n_batch != 1):
-        return (
-            f"cu_seqlens_q came with {'pages' if page_table is not None else 'batch'} "
-            f"(q has batch {n_batch}); packed sequences are one batch row and have no pages"
-        )
+    if packed and page_table is not None:
+        return "cu_seqlens_q came with page_table; packed sequences have no pages"
     n_seqs = n_batch
     if cu_seqlens_q is not None and cu_seqlens_k is not None:
         n_seqs = cu_seqlens_q.numel() - 1
@@ -172,14 +169,15 @@ def streaming_attention(
     >>> out = streaming_attention(q, k, v, sink, window)  # q [1, 2, 4096, 128]
 
     Args:
-        q: [batch, n_heads, q_len, head_dim]; packed sequences: batch 1, lengths in total tokens.
+        q: [batch, n_heads, q_len, head_dim]; of packed sequences, lengths in total tokens.
         k: [batch, n_kv_heads, kv_len, head_dim].
         v: like k; its head_dim may differ.
         sink: int32 [n_heads], in tokens. It is data: a new number compiles nothing.
         window: likewise; the query's own position counts.
         scale: of the scores; 1 / sqrt(head_dim) if None.
         softcap: scores become softcap * tanh(scores / softcap).
-        cu_seqlens_q: int32 [sequences + 1], where each packed sequence starts, and the end.
+        cu_seqlens_q: int32 [sequences + 1], where each packed sequence starts, and the end; the
+            same in every batch row.
         cu_seqlens_k: likewise for the keys.
         q_offset: position of query row 0, also one per sequence; kv_len - q_len if None.
         page_table: int32 [batch, pages per row]; k and v are then [n_pages, n_kv_heads,

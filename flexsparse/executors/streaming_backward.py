@@ -287,24 +287,23 @@ def part_of(chunk, kv_head, kv0, n_kv_heads, n_sink, BLOCK_KV: tl.constexpr):
     return ((chunk.to(tl.int64) * n_kv_heads + kv_head) * n_sink) * BLOCK_KV + kv0
 
 
-@triton.jit(do_not_specialize=["q_len", "kv_len", "n_chunks", "n_sink"])
+@triton.jit(do_not_specialize=["n_seqs", "q_len", "kv_len", "n_chunks", "n_sink"])
 def streaming_sum_kernel(
     dk_part, dv_part, dk_ptr, dv_ptr, sink, window, cu_seqlens_q, cu_seqlens_k, first_chunk,
-    n_kv_heads, group_size, q_len, kv_len, n_chunks, n_sink, chunk, scale,
+    n_seqs, n_kv_heads, group_size, q_len, kv_len, n_chunks, n_sink, chunk, scale,
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_KV: tl.constexpr, BLOCK_SUM: tl.constexpr,
 ):  # fmt: skip
     """Write dk and dv of BLOCK_SUM keys of a tile whose rows were cut into chunks."""
-    seq = tl.program_id(0)
+    batch = tl.program_id(0) // n_seqs
     kv_head = tl.program_id(1)
     kv0 = tl.program_id(2) * BLOCK_SUM
-    batch = seq
-    first = seq * n_chunks
+    first = batch * n_chunks
     n_keys = kv_len
     kv_start = 0
     if cu_seqlens_q is not None:
-        batch = 0
-        first = tl.load(first_chunk + seq)
+        seq = tl.program_id(0) % n_seqs
+        first += tl.load(first_chunk + seq)
         kv_start = tl.load(cu_seqlens_k + seq)
         kv_len = tl.load(cu_seqlens_k + seq + 1) - kv_start
         q_len = tl.load(cu_seqlens_q + seq + 1) - tl.load(cu_seqlens_q + seq)
@@ -324,6 +323,6 @@ def streaming_sum_kernel(
         dk += load_rows(dk_part + part * HEAD_DIM, i_kv * HEAD_DIM, valid, HEAD_DIM, BLOCK_D)
         dv += load_rows(dv_part + part * V_DIM, i_kv * V_DIM, valid, V_DIM, BLOCK_DV)
         part += part_size
-    at = (tl.cast(batch, tl.int64) * n_kv_heads + kv_head) * n_keys + kv_start + kv0
+    at = (batch.to(tl.int64) * n_kv_heads + kv_head) * n_keys + kv_start + kv0
     store_rows(dk_ptr + at * HEAD_DIM, i_kv * HEAD_DIM, valid, dk * scale, HEAD_DIM, BLOCK_D)
     store_rows(dv_ptr + at * V_DIM, i_kv * V_DIM, valid, dv, V_DIM, BLOCK_DV)

@@ -130,7 +130,7 @@ def launch_backward(
         n_sink = cdiv(min(max_sink, MAX_SINK, kv_len), tile.kv)
         chunk = sink_chunk(q_len, n_sink * n_kv_heads * q.shape[0])
         table = firsts = None
-        n_seqs, n_chunks, n_tiles = q.shape[0], cdiv(q_len, chunk), cdiv(kv_len, tile.kv)
+        n_seqs, n_chunks, n_tiles = 1, cdiv(q_len, chunk), cdiv(kv_len, tile.kv)
         if cu_seqlens_q is not None and cu_seqlens_k is not None:
             chunks, firsts = tile_table(cu_seqlens_q, q_len, chunk, several=True)
             keys, _ = tile_table(cu_seqlens_k, kv_len, tile.kv)
@@ -150,8 +150,9 @@ def launch_backward(
             BLOCK_KV=tile.kv, SOFTCAP=softcap > 0, **launch_options(tile.warps, tile.stages),
         )  # fmt: skip
         if n_sink > 0:
-            backward.streaming_sum_kernel[(n_seqs, n_kv_heads, n_sink * tile.kv // SUM_TILE)](
-                *parts, dk, dv, sink, window, *lengths[1:], firsts, *sizes, scale, **shape,
+            grid = (q.shape[0] * n_seqs, n_kv_heads, n_sink * tile.kv // SUM_TILE)
+            backward.streaming_sum_kernel[grid](
+                *parts, dk, dv, sink, window, *lengths[1:], firsts, n_seqs, *sizes, scale, **shape,
                 BLOCK_KV=tile.kv, BLOCK_SUM=SUM_TILE, num_warps=4,
             )  # fmt: skip
     return dq, dk, dv

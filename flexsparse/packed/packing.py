@@ -6,13 +6,16 @@ The analysis bounds these as any others, so blocks are proved without a look at 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from flexsparse.analysis.classify import Grid
+from flexsparse.default_device import cpu_by_default
 from flexsparse.executors.streaming import Positions
 from flexsparse.expr import Index, Mask, kv_idx, lookup, maximum, minimum, q_idx
 from flexsparse.heads import PerHead
@@ -31,6 +34,7 @@ class Pack:
 
     starts: the place of each sequence's first token
     size: all places, tokens and padding
+    device: where its tables are
     has_padding: whether some room is larger than its sequence
     """
 
@@ -39,7 +43,7 @@ class Pack:
         self.room = -(-self.lens // step) * step
         self.starts = self.room.cumsum(0) - self.room
         self.size = int(self.room.sum())
-        self._device = device
+        self.device = device
         self._places = None
         self.has_padding = self.size > sum(lens)
         if self.has_padding:
@@ -57,24 +61,40 @@ class Pack:
 
     def of_tokens(self, values: Tensor) -> Tensor:
         """A value for each sequence -> int32 [size], the value of the sequence of each place."""
-        return values.int().repeat_interleave(self.room).to(self._device)
+        return values.int().repeat_interleave(self.room).to(self.device)
 
     def owners(self, padding: int) -> Tensor:
         """OWNER times the sequence of each place, and `padding` more where it holds no token."""
         numbers = self.of_tokens(torch.arange(len(self.lens)) * OWNER)
         if self._places is None:
             return numbers
-        return numbers.where(self._is_token().to(self._device), numbers + padding)
+        return numbers.where(self._is_token().to(self.device), numbers + padding)
 
     def cu_seqlens(self, with_padding: bool) -> Tensor:
         """int32, where each sequence begins, and the end; with_padding, each one's padding too."""
         begins = torch.stack([self.starts, self.starts + self.lens], 1)
         begins = begins.flatten() if with_padding else self.starts
-        return torch.nn.functional.pad(begins, (0, 1), value=self.size).int().to(self._device)
+        return torch.nn.functional.pad(begins, (0, 1), value=self.size).int().to(self.device)
 
     def _is_token(self) -> Tensor:
         ends = (self.starts + self.lens).repeat_interleave(self.room)
         return torch.arange(self.size) < ends
+
+
+class TokenTables(NamedTuple):
+    """Tables of places in the packs, int32: of queries [size of q], of keys [size of kv].
+
+    q_owner, kv_owner: the sequence, times OWNER; more where there is padding
+    q_shift_of_q, q_shift_of_kv: what makes a place of a query a position in that sequence
+    kv_shift_of_q, kv_shift_of_kv: what makes a place of a key a position in it
+    """
+
+    q_owner: Tensor
+    kv_owner: Tensor
+    q_shift_of_q: Tensor
+    q_shift_of_kv: Tensor
+    kv_shift_of_q: Tensor
+    kv_shift_of_kv: Tensor
 
 
 class PackedTokens:
@@ -85,6 +105,7 @@ class PackedTokens:
         kv: the pack of keys, of as many sequences.
         q_offsets: position of each sequence's first query.
 
+    sequences: each one's queries, keys, and position of its first query
     positions: where sequences begin and their first queries stand, as the streaming kernels take it
     """
 
@@ -92,10 +113,8 @@ class PackedTokens:
         first = torch.tensor(q_offsets)
         # position = place in the pack + shift
         q_shifts, kv_shifts = first - q.starts, -kv.starts
-        self.n_sequences = len(q_offsets)
-        self.q_owner, self.kv_owner = q.owners(1), kv.owners(2)
-        self.q_shift_of_q, self.q_shift_of_kv = q.of_tokens(q_shifts), kv.of_tokens(q_shifts)
-        self.kv_shift_of_q, self.kv_shift_of_kv = q.of_tokens(kv_shifts), kv.of_tokens(kv_shifts)
+        self._packs, self._shifts = (q, kv), (q_shifts, kv_shifts)
+        self.sequences = tuple(zip(q.lens.tolist(), kv.lens.tolist(), q_offsets, strict=True))
         is_used = q.lens > 0
         self.q_range = int(first[is_used].min()), int((first + q.lens)[is_used].max()) - 1
         self.kv_range = 0, int(kv.lens.max()) - 1
@@ -107,7 +126,21 @@ class PackedTokens:
         self.positions = Positions(
             q.cu_seqlens(padded),
             kv.cu_seqlens(padded),
-            first.int().repeat_interleave(1 + padded).to(self.q_owner.device),
+            first.int().repeat_interleave(1 + padded).to(q.device),
+        )
+
+    @functools.cached_property
+    @cpu_by_default()
+    def tables(self) -> TokenTables:
+        """What is read of each place; as long as the packs, so made for who wants it."""
+        (q, kv), (q_shifts, kv_shifts) = self._packs, self._shifts
+        return TokenTables(
+            q.owners(1),
+            kv.owners(2),
+            q.of_tokens(q_shifts),
+            kv.of_tokens(q_shifts),
+            q.of_tokens(kv_shifts),
+            kv.of_tokens(kv_shifts),
         )
 
     def fill(self, grid: Grid) -> bool:
@@ -130,23 +163,25 @@ class PackedTokens:
                 placed[id(node)] = Mask(node.op, args, node.payload)
             else:
                 placed[id(node)] = self._term(node)
-        mine: Mask = lookup(self.q_owner, q_idx).equals(lookup(self.kv_owner, kv_idx))
-        return (mine & placed[id(mask)]).named(f"{shown(mask)} in {self.n_sequences} sequences")
+        tables = self.tables
+        mine: Mask = lookup(tables.q_owner, q_idx).equals(lookup(tables.kv_owner, kv_idx))
+        return (mine & placed[id(mask)]).named(f"{shown(mask)} in {len(self.sequences)} sequences")
 
     def _term(self, term: Mask) -> Mask:
         """A comparison, or an entry of a table, as one of places in the packs."""
-        sequence = lookup(self.q_owner, q_idx) // OWNER
+        tables = self.tables
+        sequence = lookup(tables.q_owner, q_idx) // OWNER
         if self.keeps_distances and not term.tables and _reads_distance_alone(term):
             return term.at(b=sequence)
         # Each place is shifted as the sequence of the other is. Inside a sequence that is the same;
         # where sequences meet in a block, bounds are tight, as tokens of different sequences come
         # out as far apart as they are in the pack. A term that reads one side needs no such thing.
-        q, kv = lookup(self.q_shift_of_kv, kv_idx), lookup(self.kv_shift_of_q, q_idx)
+        q, kv = lookup(tables.q_shift_of_kv, kv_idx), lookup(tables.kv_shift_of_q, q_idx)
         if "kv_idx" not in term.variables:
-            q = lookup(self.q_shift_of_q, q_idx)
+            q = lookup(tables.q_shift_of_q, q_idx)
         elif "q_idx" not in term.variables:
-            kv = lookup(self.kv_shift_of_kv, kv_idx)
-            sequence = lookup(self.kv_owner, kv_idx) // OWNER
+            kv = lookup(tables.kv_shift_of_kv, kv_idx)
+            sequence = lookup(tables.kv_owner, kv_idx) // OWNER
         q, kv = q_idx + q, kv_idx + kv
         if term.tables:
             # a table need not answer for padding, or for pairs of different sequences
@@ -155,8 +190,9 @@ class PackedTokens:
 
     def score_mod(self, score_mod: ScoreMod) -> ScoreMod:
         """A score_mod of sequences and positions as one of places in the packs."""
-        q_owner, kv_owner = padded(self.q_owner), padded(self.kv_owner)
-        q_shift, kv_shift = padded(self.q_shift_of_q), padded(self.kv_shift_of_kv)
+        tables = self.tables
+        q_owner, kv_owner = padded(tables.q_owner), padded(tables.kv_owner)
+        q_shift, kv_shift = padded(tables.q_shift_of_q), padded(tables.kv_shift_of_kv)
         last = self.q_range[1]
 
         def of_places(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:

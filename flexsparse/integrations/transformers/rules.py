@@ -69,7 +69,8 @@ def of(
     own = _copied(from_mask_mod(mask_mod, device=device))
     place = _place_in_document(own)
     if place is not None:
-        return _canonical(Rules(own, lookup(place, b, q_idx), lookup(place, b, kv_idx)))
+        row = (b,) if place.dim() == 2 else ()
+        return _canonical(Rules(own, lookup(place, *row, q_idx), lookup(place, *row, kv_idx)))
     q_len, kv_len = lengths
     key = kv_idx + kv_offset if kv_offset else kv_idx
     own = own.at(kv_idx=key) if kv_offset else own
@@ -122,31 +123,40 @@ def forget() -> None:
 
 
 def _copied(mask: Mask) -> Mask:
-    """The mask with tables of its own, so that it outlives the tensors of a forward."""
+    """The mask with tables of its own, so that it outlives the tensors of a forward.
+
+    A table of one batch row loses that dimension: documents are recognised by what is left.
+    """
 
     def copied(node: Expr, args: tuple[Expr, ...]) -> Expr:
-        if isinstance(node.payload, Table):
-            return replace(node, args=args, payload=Table(node.payload.tensor.clone()))
-        return node.over(args)
+        if not isinstance(node.payload, Table):
+            return node.over(args)
+        own = node.payload.tensor.clone()
+        if len(args) == 2 and args[0] == b and len(own) == 1:
+            own, args = own[0], args[1:]
+        return replace(node, args=args, payload=Table(own))
 
     return rewritten(mask, copied)
 
 
 def _place_in_document(own: Mask) -> Tensor | None:
-    """Of each position in its packed document, int64 [batch, tokens]; None if nothing is packed."""
+    """Of each position in its packed document, int64; None if nothing is packed.
+
+    [tokens], or of several batch rows [batch, tokens].
+    """
     for term in conjuncts(own):
         tables = [side.payload for side in term.args if side.op == "lookup"]
         at = [side.args for side in term.args]
-        if term.op == "==" and len(tables) == 2 and tables[0] == tables[1] and at == IN_DOCUMENT:
+        if term.op == "==" and len(tables) == 2 and tables[0] == tables[1] and at in IN_DOCUMENT:
             ids = tables[0].tensor
-            here = torch.arange(ids.shape[1], device=ids.device)
+            here = torch.arange(ids.shape[-1], device=ids.device)
             starts = torch.ones_like(ids, dtype=torch.bool)
-            starts[:, 1:] = ids.diff(dim=1) != 0
-            return here - (here * starts).cummax(1).values
+            starts[..., 1:] = ids.diff(dim=-1) != 0
+            return here - (here * starts).cummax(-1).values
     return None
 
 
-IN_DOCUMENT = [(b, q_idx), (b, kv_idx)]
+IN_DOCUMENT = ([(q_idx,), (kv_idx,)], [(b, q_idx), (b, kv_idx)])
 
 
 def _without_padding(real: Tensor, kv_len: int) -> Mask:
