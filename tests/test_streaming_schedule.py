@@ -14,7 +14,7 @@ triton = pytest.importorskip("triton", reason="the streaming kernels are written
 if RUNS_HERE:
     import triton.language as tl
 
-    from flexsparse.executors.streaming_schedule import halve, needs_mask, schedule
+    from flexsparse.executors.streaming_schedule import find_sequence, halve, needs_mask, schedule
 
     @triton.jit
     def schedule_kernel(
@@ -36,6 +36,13 @@ if RUNS_HERE:
         tl.store(out + 3, n_seen)
 
     @triton.jit
+    def find_kernel(out, cu_seqlens, n_seqs, SIZE, SPARE: tl.constexpr):
+        slot = tl.program_id(0)
+        seq, number = find_sequence(slot, cu_seqlens, n_seqs, SIZE, SPARE)
+        tl.store(out + 2 * slot, seq)
+        tl.store(out + 2 * slot + 1, number)
+
+    @triton.jit
     def needs_mask_kernel(
         out, start, p_lo, sink, window, limit, ROWS: tl.constexpr, KV: tl.constexpr, N: tl.constexpr
     ):
@@ -52,6 +59,26 @@ def model():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@here
+@pytest.mark.parametrize(("n_seqs", "most"), [(1, 0), (7, 90), (30, 20), (1100, 3)])
+@pytest.mark.parametrize("first", [0, 5])
+def test_every_tile_of_packed_sequences_has_one_slot(n_seqs, most, first):
+    lens = torch.randint(most + 1, (n_seqs,))
+    lens[n_seqs // 2] = 100
+    ends = torch.cat([torch.tensor([first]), lens]).cumsum(0)
+    total, cu_seqlens = int(ends[-1]), numbers(ends.tolist())
+    # those of rows and keys, and of chunks twice as long, of sequences of several alone
+    for size, spare in ((16, 1), (16, 0)):
+        n_slots = total // size + spare * n_seqs
+        found = numbers([-1] * 2 * n_slots)
+        find_kernel[(n_slots,)](found, cu_seqlens, n_seqs, SIZE=size, SPARE=spare)
+        found = [tuple(pair) for pair in found.view(-1, 2).tolist()]
+        assert len(set(found)) == len(found)
+        step = size if spare else 2 * size
+        needed = [(s, i) for s, n in enumerate(lens.tolist()) for i in range(-(-n // step))]
+        assert {x for x in needed if spare or lens[x[0]] > step} <= set(found)
 
 
 @here

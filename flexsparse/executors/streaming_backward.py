@@ -11,9 +11,12 @@ import triton.language as tl
 
 from flexsparse.executors.streaming_schedule import (
     FAR,
+    extent,
+    find_sequence,
+    first_slot,
     head_range,
     keep_keys,
-    locate,
+    locate_rows,
     needs_mask,
 )
 from flexsparse.executors.streaming_walk import (
@@ -95,10 +98,10 @@ def dq_rows(loaded, stats_ptr, half, n_left, n_rows, BLOCK_Q: tl.constexpr, PACK
     return q, dout, lse, delta
 
 
-@triton.jit(do_not_specialize=["q_len", "kv_len"])
+@triton.jit(do_not_specialize=["n_seqs", "q_len", "kv_len"])
 def streaming_dq_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, lse_ptr, dlse_ptr, stats_ptr, dq_ptr, sink, window,
-    q_offset, cu_seqlens_q, cu_seqlens_k, tiles,
+    q_offset, cu_seqlens_q, cu_seqlens_k, n_seqs,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn: tl.constexpr,
     stride_vb, stride_vh, stride_vn: tl.constexpr,
     n_heads, group_size, q_len, kv_len, qk_scale, cap, scale,
@@ -113,8 +116,8 @@ def streaming_dq_kernel(
     head0 = tl.program_id(1) * PACK
     batch = tl.program_id(2)
     n_rows = q_len.to(tl.int64)
-    _, row0, q_start, kv_start, q_len, kv_len, offset = locate(
-        tl.program_id(0), batch, q_len, kv_len, q_offset, cu_seqlens_q, cu_seqlens_k, tiles,
+    row0, q_start, kv_start, q_len, kv_len, offset = locate_rows(
+        tl.program_id(0), batch, q_len, kv_len, q_offset, cu_seqlens_q, cu_seqlens_k, n_seqs,
         HALVES * BLOCK_Q,
     )  # fmt: skip
     n_left = q_len - row0
@@ -170,10 +173,10 @@ def group_range(sink, window, head0, group_size):
     return s_max, w_max
 
 
-@triton.jit(do_not_specialize=["q_len", "kv_len", "n_chunks", "n_sink"])
+@triton.jit(do_not_specialize=["n_seqs", "q_len", "kv_len", "n_chunks", "n_sink"])
 def streaming_dkdv_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, stats_ptr, dk_ptr, dv_ptr, dk_part, dv_part,
-    sink, window, q_offset, cu_seqlens_q, cu_seqlens_k, tiles,
+    sink, window, q_offset, cu_seqlens_q, cu_seqlens_k, n_seqs,
     stride_qb, stride_qh, stride_qn: tl.constexpr, stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn,
     n_heads, n_kv_heads, group_size, q_len, kv_len, n_chunks, n_sink, chunk, qk_scale, cap, scale,
@@ -190,20 +193,25 @@ def streaming_dkdv_kernel(
     """
     n_pieces = n_chunks * n_sink
     is_piece = tl.program_id(0) < n_pieces
-    # chunks, then tiles of keys
-    i = tl.program_id(0) - n_pieces + n_chunks
-    i = tl.where(is_piece, tl.program_id(0) // tl.maximum(n_sink, 1), i)
+    # the number of a chunk of rows, or of a tile of keys, in all sequences and then in its own
+    slot = tl.program_id(0) - n_pieces
+    slot = tl.where(is_piece, tl.program_id(0) // tl.maximum(n_sink, 1), slot)
+    i = slot
     kv_head = tl.program_id(1)
     batch = tl.program_id(2)
     n_rows = q_len
     n_keys = kv_len
-    _, start, q_start, kv_start, q_len, kv_len, offset = locate(
-        i, batch, q_len, kv_len, q_offset, cu_seqlens_q, cu_seqlens_k, tiles, 1
+    seq = batch
+    if cu_seqlens_q is not None:
+        if is_piece:
+            seq, i = find_sequence(slot, cu_seqlens_q, n_seqs, chunk // 2, 0)
+        else:
+            seq, i = find_sequence(slot, cu_seqlens_k, n_seqs, BLOCK_KV, 1)
+    q_start, kv_start, q_len, kv_len, offset = extent(
+        seq, q_len, kv_len, q_offset, cu_seqlens_q, cu_seqlens_k
     )
-    if cu_seqlens_q is None:
-        start = tl.where(is_piece, i * chunk, (i - n_chunks) * BLOCK_KV)
-    row_first = tl.where(is_piece, start, 0)
-    kv0 = tl.where(is_piece, tl.program_id(0) % tl.maximum(n_sink, 1) * BLOCK_KV, start)
+    row_first = tl.where(is_piece, i * chunk, 0)
+    kv0 = tl.where(is_piece, tl.program_id(0) % tl.maximum(n_sink, 1), i) * BLOCK_KV
     if (row_first >= q_len) | (kv0 >= kv_len):
         return
     head0 = kv_head * group_size
@@ -216,6 +224,10 @@ def streaming_dkdv_kernel(
     row_hi = tl.where(in_sink, q_len, kv0 + BLOCK_KV - 1 + w_max - offset)
     row_hi = tl.where(in_sink | (w_max > 0), tl.minimum(row_hi, q_len), row_lo)
     row_hi = tl.where(is_piece, tl.minimum(row_hi, row_first + chunk), row_hi)
+    # from here on places in the pack
+    row_lo += q_start
+    row_hi += q_start
+    offset -= q_start
 
     # offsets from the tile's first key, so that storing needs none of the registers of loading
     i_kv = tl.arange(0, BLOCK_KV)
@@ -232,8 +244,7 @@ def streaming_dkdv_kernel(
     v = load_rows(v_ptr, i_kv * stride_vn, valid, V_DIM, BLOCK_DV)  # [BLOCK_KV, V_DIM]
     dk = tl.zeros([BLOCK_KV, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_KV, BLOCK_DV], tl.float32)
-    part = part_of(batch * n_chunks + i, kv_head, kv0, n_kv_heads, n_sink, BLOCK_KV)
-    at = tl.where(is_piece, part, at + (batch64 * n_kv_heads + kv_head) * n_keys)
+    at += (batch64 * n_kv_heads + kv_head) * n_keys
 
     # heads and row tiles are one loop, so that loads are prefetched from one head to the next
     per_head = tl.maximum(row_hi - row_lo + BLOCK_Q - 1, 0) // BLOCK_Q
@@ -245,7 +256,7 @@ def streaming_dkdv_kernel(
         s = tl.load(sink + head)
         w = tl.load(window + head)
         head64 = head.to(tl.int64)
-        at_q = (q_start + row0 + step).to(tl.int64)
+        at_q = (row0 + step).to(tl.int64)
         dense = (batch64 * n_heads + head64) * n_rows
         q = load_rows(
             q_ptr + head64 * stride_qh, at_q * stride_qn, seen, HEAD_DIM, BLOCK_D
@@ -274,6 +285,7 @@ def streaming_dkdv_kernel(
         row0 = tl.where(is_last, row_lo, row0)
 
     if is_piece:
+        at = part_of(batch * n_chunks + slot, kv_head, kv0, n_kv_heads, n_sink, BLOCK_KV)
         store_rows(dk_part + at * HEAD_DIM, i_kv * HEAD_DIM, valid, dk, HEAD_DIM, BLOCK_D)
         store_rows(dv_part + at * V_DIM, i_kv * V_DIM, valid, dv, V_DIM, BLOCK_DV)
     else:
@@ -289,8 +301,8 @@ def part_of(chunk, kv_head, kv0, n_kv_heads, n_sink, BLOCK_KV: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n_seqs", "q_len", "kv_len", "n_chunks", "n_sink"])
 def streaming_sum_kernel(
-    dk_part, dv_part, dk_ptr, dv_ptr, sink, window, cu_seqlens_q, cu_seqlens_k, first_chunk,
-    n_seqs, n_kv_heads, group_size, q_len, kv_len, n_chunks, n_sink, chunk, scale,
+    dk_part, dv_part, dk_ptr, dv_ptr, sink, window, cu_seqlens_q, cu_seqlens_k, n_seqs,
+    n_kv_heads, group_size, q_len, kv_len, n_chunks, n_sink, chunk, scale,
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_KV: tl.constexpr, BLOCK_SUM: tl.constexpr,
 ):  # fmt: skip
@@ -303,10 +315,8 @@ def streaming_sum_kernel(
     kv_start = 0
     if cu_seqlens_q is not None:
         seq = tl.program_id(0) % n_seqs
-        first += tl.load(first_chunk + seq)
-        kv_start = tl.load(cu_seqlens_k + seq)
-        kv_len = tl.load(cu_seqlens_k + seq + 1) - kv_start
-        q_len = tl.load(cu_seqlens_q + seq + 1) - tl.load(cu_seqlens_q + seq)
+        first += first_slot(seq, cu_seqlens_q, True, chunk // 2, 0)
+        _, kv_start, q_len, kv_len, _ = extent(seq, q_len, kv_len, None, cu_seqlens_q, cu_seqlens_k)
     s_max, _ = group_range(sink, window, kv_head * group_size, group_size)
     if (kv0 >= kv_len) | (kv0 // BLOCK_KV * BLOCK_KV >= s_max) | (q_len <= chunk):
         return

@@ -9,7 +9,7 @@ Numbers of the mask are read from tensors, one per query head: a new size compil
 import triton
 import triton.language as tl
 
-from flexsparse.executors.streaming_schedule import head_range, keep_keys, locate
+from flexsparse.executors.streaming_schedule import head_range, keep_keys, locate_rows
 from flexsparse.executors.streaming_walk import (
     cap_scores,
     dot,
@@ -77,10 +77,10 @@ def store_out(
     tl.store(lse_ptr + at, lse, mask=exist)
 
 
-@triton.jit(do_not_specialize=["q_len", "kv_len"])
+@triton.jit(do_not_specialize=["n_seqs", "q_len", "kv_len"])
 def streaming_fwd_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, sink, window,
-    q_offset, cu_seqlens_q, cu_seqlens_k, tiles,
+    q_offset, cu_seqlens_q, cu_seqlens_k, n_seqs,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn: tl.constexpr,
     stride_vb, stride_vh, stride_vn: tl.constexpr,
     n_heads, group_size, q_len, kv_len, qk_scale, cap,
@@ -92,8 +92,8 @@ def streaming_fwd_kernel(
     head0 = tl.program_id(1) * PACK
     batch = tl.program_id(2)
     n_rows = q_len.to(tl.int64)
-    _, row0, q_start, kv_start, q_len, kv_len, offset = locate(
-        tl.program_id(0), batch, q_len, kv_len, q_offset, cu_seqlens_q, cu_seqlens_k, tiles,
+    row0, q_start, kv_start, q_len, kv_len, offset = locate_rows(
+        tl.program_id(0), batch, q_len, kv_len, q_offset, cu_seqlens_q, cu_seqlens_k, n_seqs,
         HALVES * BLOCK_Q,
     )  # fmt: skip
     n_left = q_len - row0

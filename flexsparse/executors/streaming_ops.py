@@ -23,12 +23,13 @@ from flexsparse.executors.streaming_tiles import (
     cdiv,
     dims,
     launch_options,
+    n_sequences,
+    n_slots,
     pack_of,
     row_grid,
     score_factors,
     sink_chunk,
     strides,
-    tile_table,
     tiles_for,
 )
 
@@ -58,10 +59,10 @@ def launch_forward(
     group_size = q.shape[1] // k.shape[1]
     pack = pack_of(group_size)
     tile = tiles_for(q, v, softcap, pack).fwd
-    grid, tiles = row_grid(q, tile, pack, cu_seqlens_q)
+    n_seqs = n_sequences(cu_seqlens_q)
     with torch.cuda.device_of(q):
-        forward.streaming_fwd_kernel[grid](
-            q, k, v, out, lse, sink, window, q_offset, cu_seqlens_q, cu_seqlens_k, tiles,
+        forward.streaming_fwd_kernel[row_grid(q, tile, pack, cu_seqlens_q)](
+            q, k, v, out, lse, sink, window, q_offset, cu_seqlens_q, cu_seqlens_k, n_seqs,
             *strides(q, k, v), q.shape[1], group_size, q.shape[2], k.shape[2],
             *score_factors(scale, softcap), **dims(q, v), BLOCK_Q=tile.rows // pack,
             BLOCK_KV=tile.kv, BLOCK_SINK=SINK_TILE, PACK=pack, HALVES=tile.halves,
@@ -115,12 +116,12 @@ def launch_backward(
     dout = dout.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
     stats = lse.new_empty((*lse.shape, 2))
-    lengths = (q_offset, cu_seqlens_q, cu_seqlens_k)
+    n_seqs = n_sequences(cu_seqlens_q)
+    lengths = (q_offset, cu_seqlens_q, cu_seqlens_k, n_seqs)
     with torch.cuda.device_of(q):
         tile = tiles.dq
-        grid, table = row_grid(q, tile, pack, cu_seqlens_q)
-        backward.streaming_dq_kernel[grid](
-            q, k, v, out, dout, lse, dlse, stats, dq, sink, window, *lengths, table,
+        backward.streaming_dq_kernel[row_grid(q, tile, pack, cu_seqlens_q)](
+            q, k, v, out, dout, lse, dlse, stats, dq, sink, window, *lengths,
             *strides(q, k, v), n_heads, group_size, q_len, kv_len, *factors, **shape,
             BLOCK_Q=tile.rows // pack, BLOCK_KV=tile.kv, BLOCK_SINK=SINK_TILE, PACK=pack,
             HALVES=tile.halves, SOFTCAP=softcap > 0, **launch_options(tile.warps, tile.stages),
@@ -129,13 +130,8 @@ def launch_backward(
         tile = tiles.dkdv
         n_sink = cdiv(min(max_sink, MAX_SINK, kv_len), tile.kv)
         chunk = sink_chunk(q_len, n_sink * n_kv_heads * q.shape[0])
-        table = firsts = None
-        n_seqs, n_chunks, n_tiles = 1, cdiv(q_len, chunk), cdiv(kv_len, tile.kv)
-        if cu_seqlens_q is not None and cu_seqlens_k is not None:
-            chunks, firsts = tile_table(cu_seqlens_q, q_len, chunk, several=True)
-            keys, _ = tile_table(cu_seqlens_k, kv_len, tile.kv)
-            table = torch.cat((chunks, keys))
-            n_seqs, n_chunks, n_tiles = firsts.numel(), chunks.shape[0], keys.shape[0]
+        n_tiles = n_slots(kv_len, tile.kv, cu_seqlens_k)
+        n_chunks = cdiv(q_len, chunk) if cu_seqlens_q is None else q_len // (chunk // 2)
         if q_len <= chunk:
             n_sink = 0
         sizes = (n_kv_heads, group_size, q_len, kv_len, n_chunks, n_sink, chunk)
@@ -145,14 +141,14 @@ def launch_backward(
             for x in (k, v)
         ]
         backward.streaming_dkdv_kernel[(n_chunks * n_sink + n_tiles, n_kv_heads, q.shape[0])](
-            q, k, v, dout, stats, dk, dv, *parts, sink, window, *lengths, table,
+            q, k, v, dout, stats, dk, dv, *parts, sink, window, *lengths,
             *strides(q, k, v), n_heads, *sizes, *factors, **shape, BLOCK_Q=tile.rows,
             BLOCK_KV=tile.kv, SOFTCAP=softcap > 0, **launch_options(tile.warps, tile.stages),
         )  # fmt: skip
         if n_sink > 0:
             grid = (q.shape[0] * n_seqs, n_kv_heads, n_sink * tile.kv // SUM_TILE)
             backward.streaming_sum_kernel[grid](
-                *parts, dk, dv, sink, window, *lengths[1:], firsts, n_seqs, *sizes, scale, **shape,
+                *parts, dk, dv, sink, window, *lengths[1:], *sizes, scale, **shape,
                 BLOCK_KV=tile.kv, BLOCK_SUM=SUM_TILE, num_warps=4,
             )  # fmt: skip
     return dq, dk, dv

@@ -25,17 +25,35 @@ FAR = tl.constexpr(1 << 30)
 
 
 @triton.jit
-def locate(
-    tile, batch, q_len, kv_len, q_offset, cu_seqlens_q, cu_seqlens_k, tiles, BLOCK: tl.constexpr
-):
-    """Where tile number `tile` lies: sequence, first row or key, and the sequence's extent."""
+def first_slot(seq, cu_seqlens, exists, SIZE, SPARE: tl.constexpr):
+    """The first of a packed sequence's slots, as `find_sequence` counts them."""
+    begin = tl.load(cu_seqlens + seq, mask=exists, other=FAR) - tl.load(cu_seqlens)
+    return begin // SIZE + SPARE * seq
+
+
+@triton.jit
+def find_sequence(slot, cu_seqlens, n_seqs, SIZE, SPARE: tl.constexpr):
+    """The packed sequence that a slot is for, and the slot's number in it.
+
+    Slots are programs. The device alone knows the lengths, so there are as many as any lengths
+    could need, shared out by where sequences begin. With SPARE = 1 that is a slot for every SIZE
+    tokens of a sequence; with SPARE = 0 for every 2 * SIZE of one that is longer than those.
+    """
+    i = tl.arange(0, 1024)
+    seq = -1
+    for first in range(0, n_seqs, 1024):
+        exists = first + i < n_seqs
+        begins = exists & (first_slot(first + i, cu_seqlens, exists, SIZE, SPARE) <= slot)
+        seq += tl.sum(begins.to(tl.int32))
+    return seq, slot - first_slot(seq, cu_seqlens, seq >= 0, SIZE, SPARE)
+
+
+@triton.jit
+def extent(seq, q_len, kv_len, q_offset, cu_seqlens_q, cu_seqlens_k):
+    """Where a sequence's queries and keys start, how many there are, and its first position."""
     q_start = 0
     kv_start = 0
-    seq = batch
-    first = tile * BLOCK
     if cu_seqlens_q is not None:
-        seq = tl.load(tiles + 2 * tile)
-        first = tl.load(tiles + 2 * tile + 1)
         q_start = tl.load(cu_seqlens_q + seq)
         kv_start = tl.load(cu_seqlens_k + seq)
         q_len = tl.load(cu_seqlens_q + seq + 1) - q_start
@@ -43,7 +61,21 @@ def locate(
     offset = kv_len - q_len
     if q_offset is not None:
         offset = tl.load(q_offset + seq)
-    return seq, first, q_start, kv_start, q_len, kv_len, offset
+    return q_start, kv_start, q_len, kv_len, offset
+
+
+@triton.jit
+def locate_rows(
+    tile, batch, q_len, kv_len, q_offset, cu_seqlens_q, cu_seqlens_k, n_seqs, BLOCK: tl.constexpr
+):
+    """The first row of tile number `tile`, and what `extent` says of its sequence."""
+    seq = batch
+    if cu_seqlens_q is not None:
+        seq, tile = find_sequence(tile, cu_seqlens_q, n_seqs, BLOCK, 1)
+    q_start, kv_start, q_len, kv_len, offset = extent(
+        seq, q_len, kv_len, q_offset, cu_seqlens_q, cu_seqlens_k
+    )
+    return tile * BLOCK, q_start, kv_start, q_len, kv_len, offset
 
 
 @triton.jit

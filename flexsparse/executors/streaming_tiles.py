@@ -1,4 +1,4 @@
-"""The numbers of a streaming launch: tile sizes, tables of tiles, constants. Needs torch alone."""
+"""The numbers of a streaming launch: tile sizes, grids, constants. Needs torch alone."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ SINK_PROGRAMS = 1024
 MIN_CHUNK = 2048
 MAX_SINK = 4096
 CAPPED_STEP = 32  # rows or keys that a kernel walks at a time with a soft-cap, at most
-PADDING_ROW = 1 << 30  # the row of an unused entry of a tile table: past every sequence
 
 
 class Tile(NamedTuple):
@@ -155,39 +154,20 @@ def strides(*tensors: Tensor) -> list[int]:
     return [stride for x in tensors for stride in x.stride()[:3]]
 
 
-def tile_table(
-    cu_seqlens: Tensor, total: int, block: int, several: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Tiles of packed sequences as (sequence, first row) pairs, and each sequence's first tile.
-
-    Made on the device without a wait for it: as long as any lengths could need, the rest unused.
-    With several=True only sequences of several tiles have any.
-    """
-    lengths = cu_seqlens.diff()
-    n_tiles = (lengths + block - 1) // block
-    if several:
-        n_tiles = torch.where(n_tiles > 1, n_tiles, 0)
-    ends = n_tiles.cumsum(0, dtype=torch.int32)
-    firsts = ends - n_tiles
-    bound = 2 * total // block if several else total // block + lengths.numel()
-    i = torch.arange(bound, device=cu_seqlens.device, dtype=torch.int32)
-    seq = torch.searchsorted(ends, i, right=True, out_int32=True)
-    used = seq < lengths.numel()
-    seq = seq.clamp(max=lengths.numel() - 1)
-    row = torch.where(used, (i - firsts[seq]) * block, PADDING_ROW)
-    return torch.stack((seq, row), 1).to(torch.int32).contiguous(), firsts
+def n_sequences(cu_seqlens: Tensor | None) -> int:
+    """How many sequences a batch row holds."""
+    return 1 if cu_seqlens is None else cu_seqlens.numel() - 1
 
 
-def row_grid(
-    q: Tensor, tile: Tile, pack: int, cu_seqlens_q: Tensor | None
-) -> tuple[tuple[int, int, int], Tensor | None]:
-    """The grid of the fwd and dq kernels, and its tile table where sequences are packed."""
-    block = tile.rows // pack * tile.halves
-    tiles, n_tiles = None, cdiv(q.shape[2], block)
-    if cu_seqlens_q is not None:
-        tiles, _ = tile_table(cu_seqlens_q, q.shape[2], block)
-        n_tiles = tiles.shape[0]
-    return (n_tiles, q.shape[1] // pack, q.shape[0]), tiles
+def n_slots(tokens: int, size: int, cu_seqlens: Tensor | None) -> int:
+    """How many programs take `size` tokens each, whatever the lengths of packed sequences."""
+    return cdiv(tokens, size) if cu_seqlens is None else tokens // size + n_sequences(cu_seqlens)
+
+
+def row_grid(q: Tensor, tile: Tile, pack: int, cu_seqlens_q: Tensor | None) -> tuple[int, int, int]:
+    """The grid of the fwd and dq kernels."""
+    rows = tile.rows // pack * tile.halves
+    return n_slots(q.shape[2], rows, cu_seqlens_q), q.shape[1] // pack, q.shape[0]
 
 
 def sink_chunk(q_len: int, n_sink_tiles: int) -> int:
