@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from torch.utils import _pytree as pytree
 
-from flexsparse.analysis.classify import BlockClasses, Grid
+from flexsparse.analysis.cells import Grid
+from flexsparse.analysis.classify import BlockClasses
 from flexsparse.analysis.rectangles import Rectangles
 
 ENTRIES_AT_ONCE = 1 << 21

@@ -13,7 +13,8 @@ from torch.compiler import is_compiling
 from torch.nn.attention.flex_attention import BlockMask
 
 from flexsparse import report
-from flexsparse.analysis.classify import BlockClasses, Grid
+from flexsparse.analysis.cells import Grid
+from flexsparse.analysis.classify import BlockClasses
 from flexsparse.analysis.validate import needs_int64
 from flexsparse.arguments import block_sizes, check_grid, check_position, usable_device
 from flexsparse.blocks import block_mask, write_kept_blocks

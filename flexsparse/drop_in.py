@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn.attention import flex_attention as torch_flex
 from torch.nn.attention.flex_attention import BlockMask
 
-from flexsparse.analysis.classify import BlockClasses, Grid, classify
+from flexsparse.analysis.cells import Grid
+from flexsparse.analysis.classify import BlockClasses, classify
 from flexsparse.analysis.rectangles import Rectangles
 from flexsparse.analysis.validate import needs_int64, problem
 from flexsparse.arguments import INT32_MAX, MOST_HEADS, block_sizes, check_size, usable_device

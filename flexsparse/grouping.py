@@ -14,7 +14,8 @@ from collections.abc import Hashable, Sequence
 
 import torch
 
-from flexsparse.analysis.classify import BlockClasses, Grid, classify
+from flexsparse.analysis.cells import Grid
+from flexsparse.analysis.classify import BlockClasses, classify
 from flexsparse.analysis.normal_form import sink_and_window
 from flexsparse.analysis.sequences import Sequences, sequences_of
 from flexsparse.analysis.unify import structure, unify

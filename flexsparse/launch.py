@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention.flex_attention import BlockMask
 
-from flexsparse.analysis.classify import BlockClasses, Grid
+from flexsparse.analysis.cells import Grid
+from flexsparse.analysis.classify import BlockClasses
 from flexsparse.analysis.hints import kernel_options
 from flexsparse.analysis.needed import needed
 from flexsparse.analysis.validate import needs_int64

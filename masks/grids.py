@@ -106,6 +106,8 @@ def _near(
 
 def _shifted_window(center: Index, kv: Index, n: Index | int, size: int) -> Mask:
     """`size` keys round a centre, moved back inside where they would stick out of 0 to n."""
+    if n == size:
+        return kv < n
     first = maximum(minimum(center - size // 2, n - size), 0)
     return (first <= kv) & (kv < first + size)
 

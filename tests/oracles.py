@@ -20,7 +20,8 @@ from flexsparse import (
     q_idx,
     where,
 )
-from flexsparse.analysis.classify import BlockClasses, Grid
+from flexsparse.analysis.cells import Grid
+from flexsparse.analysis.classify import BlockClasses
 from flexsparse.expr import Index
 from flexsparse.tensors import Opaque
 

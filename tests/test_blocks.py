@@ -18,7 +18,8 @@ from flexsparse import (
     per_head,
     q_idx,
 )
-from flexsparse.analysis.classify import Grid, classify
+from flexsparse.analysis.cells import Grid
+from flexsparse.analysis.classify import classify
 from flexsparse.analysis.validate import needs_int64, problem
 from flexsparse.blocks import block_mask, write_kept_blocks
 from flexsparse.lower import lower

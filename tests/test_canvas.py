@@ -9,7 +9,7 @@ import torch
 from oracles import dense, dense_classes
 
 from flexsparse import Mask, compile_mask, per_head
-from flexsparse.analysis.classify import Grid
+from flexsparse.analysis.cells import Grid
 from flexsparse.drawing import html
 from flexsparse.drawing.colours import DARK, LIGHT
 from flexsparse.masks import block_sparse, causal, sink, window

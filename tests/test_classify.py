@@ -6,7 +6,8 @@ from oracles import dense, dense_classes, grids, indices, masks, painted
 from flexsparse import b, from_mask_mod, h, kv_idx, lookup, q_idx
 from flexsparse.analysis import classify as classify_module
 from flexsparse.analysis import validate
-from flexsparse.analysis.classify import CELLS_TO_BEGIN_WITH, Grid, classify
+from flexsparse.analysis.cells import Grid
+from flexsparse.analysis.classify import CELLS_TO_BEGIN_WITH, classify
 from flexsparse.analysis.rectangles import Rectangles
 from flexsparse.analysis.validate import find, problem
 from flexsparse.analysis.whole import leaves_int64, whole_bounds
@@ -110,6 +111,19 @@ def test_blocks_without_witnesses_are_evaluated():
     mask = q_idx.equals(37) & kv_idx.equals(85)
     classes = classify(mask, Grid(256, 256, 0, (128, 128), 1, (0,)))
     assert painted(classes)[0, 0].tolist() == [[1, 0], [0, 0]]
+
+
+@pytest.mark.parametrize("block_size", [(128, 128), (64, 256), (32, 32), (96, 100), (1, 128)])
+@pytest.mark.parametrize("n", [1000, 1024])
+def test_blocks_that_no_border_tells_apart_are_settled_by_their_parts(block_size, n):
+    # rectangles inside of blocks, their holes, and a diagonal of which bounds know nothing
+    table = torch.arange(n)
+    inside = (q_idx % 128 > 40) & (q_idx % 128 < 90) & (kv_idx % 128 > 50) & (kv_idx % 128 < 60)
+    dots = (lookup(table, q_idx) * 7 - q_idx * 7 + q_idx % 64).equals(kv_idx % 64 + 1)
+    grid = Grid(n, n, 0, block_size, 1, (0,))
+    for mask in (inside, ~inside, inside & dots, (kv_idx < 640) & (inside | ~dots)):
+        expected = dense_classes(dense(mask, grid), block_size)
+        assert torch.equal(painted(classify(mask, grid)), expected)
 
 
 def test_a_table_that_cancels_itself_is_settled_by_looking():

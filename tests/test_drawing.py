@@ -18,7 +18,8 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 import flexsparse as fs
 from flexsparse import MaskError, compile_mask, h, kv_idx, lookup, per_head, q_idx
-from flexsparse.analysis.classify import Grid, classify
+from flexsparse.analysis.cells import Grid
+from flexsparse.analysis.classify import classify
 from flexsparse.analysis.rectangles import Rectangles
 from flexsparse.analysis.validate import problem
 from flexsparse.blocks import block_mask, write_kept_blocks

@@ -6,7 +6,8 @@ from hypothesis import given
 from oracles import dense, grids, masks
 
 from flexsparse import Mask, kv_idx, q_idx
-from flexsparse.analysis.classify import Grid, classify
+from flexsparse.analysis.cells import Grid
+from flexsparse.analysis.classify import classify
 from flexsparse.analysis.hints import kernel_options
 from flexsparse.blocks import write_kept_blocks
 from flexsparse.masks import causal, full, prefix, same_document, sink, window

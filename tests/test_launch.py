@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flexsparse import ExecutorError, compile_mask, everything, h, kv_idx, per_head, q_idx
-from flexsparse.analysis.classify import Grid
+from flexsparse.analysis.cells import Grid
 from flexsparse.dropout import Dropout, is_kept
 from flexsparse.executors import flash, flex, flex_kernels
 from flexsparse.launch import EXECUTORS

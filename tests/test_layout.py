@@ -23,6 +23,8 @@ ORDER = [
     {"parser", "normal_form"},
     {"interval"},
     {"whole"},
+    {"cells"},
+    {"settle"},
     {"classify", "tracing"},
     {"validate", "blocks", "cost", "needed", "hints"},
     {"lower"},

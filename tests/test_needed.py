@@ -6,7 +6,8 @@ from hypothesis import given
 from oracles import dense, grids, masks
 
 from flexsparse import compile_mask, everything, kv_idx, per_head
-from flexsparse.analysis.classify import Grid, classify
+from flexsparse.analysis.cells import Grid
+from flexsparse.analysis.classify import classify
 from flexsparse.analysis.needed import needed
 from flexsparse.masks import block_sparse, causal, same_document, sink, window
 

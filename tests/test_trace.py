@@ -10,7 +10,8 @@ from oracles import dense, grids, masks
 from torch.nn.attention.flex_attention import create_mask
 
 from flexsparse import MaskError, compile_mask, h, kv_idx, per_head, q_idx
-from flexsparse.analysis.classify import Grid, classify
+from flexsparse.analysis.cells import Grid
+from flexsparse.analysis.classify import classify
 from flexsparse.analysis.interval import INTERVAL_READING, Interval
 from flexsparse.analysis.validate import problem
 from flexsparse.masks import causal, window

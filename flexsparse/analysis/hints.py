@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from flexsparse.analysis.classify import BlockClasses, bound_cells, interval_reading
+from flexsparse.analysis.cells import bound_cells, interval_reading
+from flexsparse.analysis.classify import BlockClasses
 from flexsparse.blocks import BlockLists, KeptBlocks
 from flexsparse.expr import Mask, kv_idx
 

@@ -6,7 +6,8 @@ decided which blocks are kept; where the diagonal cuts one, it is true throughou
 
 from __future__ import annotations
 
-from flexsparse.analysis.classify import BlockClasses, bound_cells, interval_reading
+from flexsparse.analysis.cells import bound_cells, interval_reading
+from flexsparse.analysis.classify import BlockClasses
 from flexsparse.expr import Mask, everything
 from flexsparse.walks import conjuncts
 

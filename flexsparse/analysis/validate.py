@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from flexsparse.analysis.classify import Grid, classify
+from flexsparse.analysis.cells import Grid
+from flexsparse.analysis.classify import classify
 from flexsparse.analysis.whole import leaves_int64, whole_bounds
 from flexsparse.arguments import INT32_MAX
 from flexsparse.expr import Index, Mask

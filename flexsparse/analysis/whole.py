@@ -16,7 +16,7 @@ from flexsparse.tree import VARIABLES, Expr
 from flexsparse.walks import postorder
 
 if TYPE_CHECKING:
-    from flexsparse.analysis.classify import Grid
+    from flexsparse.analysis.cells import Grid
 
 
 def whole_bounds(expr: Expr, grid: Grid) -> Iterator[tuple[Expr, Any]]:

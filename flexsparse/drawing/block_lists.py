@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from flexsparse.analysis.classify import Grid
+from flexsparse.analysis.cells import Grid
 from flexsparse.analysis.rectangles import Rectangles
 from flexsparse.errors import MaskError
 

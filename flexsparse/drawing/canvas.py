@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flexsparse.analysis.classify import Grid
+from flexsparse.analysis.cells import Grid
 from flexsparse.drawing.colours import DARK, LIGHT, Colours, css
 from flexsparse.drawing.panels import FULL, PARTIAL, Counted, panel
 from flexsparse.drawing.pools import Pools

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flexsparse.analysis.classify import Grid, interval_reading
+from flexsparse.analysis.cells import Grid, interval_reading
 from flexsparse.analysis.interval import Interval, Truth
 from flexsparse.expr import Mask
 from flexsparse.tensors import Table

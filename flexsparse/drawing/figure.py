@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from flexsparse.analysis.classify import Grid
+from flexsparse.analysis.cells import Grid
 from flexsparse.default_device import cpu_by_default
 from flexsparse.drawing.colours import LIGHT, painted
 from flexsparse.drawing.frame import Frame, Sides

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flexsparse.analysis.classify import Grid
+from flexsparse.analysis.cells import Grid
 from flexsparse.drawing.colours import RGB, css
 from flexsparse.drawing.paper import LINE, POINT, QUIET, Sheet
 from flexsparse.drawing.pools import Pools

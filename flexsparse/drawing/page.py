@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from flexsparse.analysis.classify import Grid
+from flexsparse.analysis.cells import Grid
 from flexsparse.drawing.frame import BARS, Frame, Sides
 from flexsparse.drawing.panels import MOST_PANELS
 from flexsparse.drawing.paper import DPI, QUIET, Sheet

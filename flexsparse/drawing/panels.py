@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flexsparse.analysis.classify import Grid
+from flexsparse.analysis.cells import Grid
 from flexsparse.analysis.rectangles import Rectangles
 from flexsparse.drawing.density import MOST_BLOCKS, kept_elements
 from flexsparse.drawing.plane import Blocks, Owner, Plane

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flexsparse.analysis.classify import Grid
+from flexsparse.analysis.cells import Grid
 from flexsparse.analysis.rectangles import Rectangles
 from flexsparse.expr import Mask
 from flexsparse.heads import counted

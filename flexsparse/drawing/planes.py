@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.attention.flex_attention import BlockMask
 
-from flexsparse.analysis.classify import Grid, classify
+from flexsparse.analysis.cells import Grid
+from flexsparse.analysis.classify import classify
 from flexsparse.analysis.validate import problem
 from flexsparse.arguments import block_sizes
 from flexsparse.compiler import CompiledMask

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flexsparse.analysis.classify import Grid
+from flexsparse.analysis.cells import Grid
 from flexsparse.analysis.rectangles import Rectangles
 
 RECTANGLES_AT_ONCE = 1 << 18

@@ -9,7 +9,8 @@ from typing import NamedTuple, TextIO
 import torch
 from torch import Tensor
 
-from flexsparse.analysis.classify import BlockClasses, Grid
+from flexsparse.analysis.cells import Grid
+from flexsparse.analysis.classify import BlockClasses
 from flexsparse.analysis.rectangles import Rectangles
 from flexsparse.compiler import CompiledMask
 from flexsparse.expr import Mask

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexsparse.analysis.classify import Grid
+from flexsparse.analysis.cells import Grid
 from flexsparse.default_device import cpu_by_default
 from flexsparse.drawing.colours import painted
 from flexsparse.drawing.frame import Frame, Sides

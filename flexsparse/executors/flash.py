@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flexsparse.analysis.classify import Grid
+from flexsparse.analysis.cells import Grid
 from flexsparse.analysis.normal_form import terms
 from flexsparse.analysis.sequences import Sequences
 from flexsparse.expr import Mask

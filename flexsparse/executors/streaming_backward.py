@@ -307,20 +307,21 @@ def streaming_sum_kernel(
     BLOCK_KV: tl.constexpr, BLOCK_SUM: tl.constexpr,
 ):  # fmt: skip
     """Write dk and dv of BLOCK_SUM keys of a tile whose rows were cut into chunks."""
-    batch = tl.program_id(0) // n_seqs
+    batch = tl.program_id(0)
     kv_head = tl.program_id(1)
     kv0 = tl.program_id(2) * BLOCK_SUM
-    first = batch * n_chunks
     n_keys = kv_len
     kv_start = 0
+    slot = 0
     if cu_seqlens_q is not None:
-        seq = tl.program_id(0) % n_seqs
-        first += first_slot(seq, cu_seqlens_q, True, chunk // 2, 0)
+        seq = batch % n_seqs
+        batch = batch // n_seqs
+        slot = first_slot(seq, cu_seqlens_q, True, chunk // 2, 0)
         _, kv_start, q_len, kv_len, _ = extent(seq, q_len, kv_len, None, cu_seqlens_q, cu_seqlens_k)
     s_max, _ = group_range(sink, window, kv_head * group_size, group_size)
     if (kv0 >= kv_len) | (kv0 // BLOCK_KV * BLOCK_KV >= s_max) | (q_len <= chunk):
         return
-    part = part_of(first, kv_head, kv0, n_kv_heads, n_sink, BLOCK_KV)
+    part = part_of(batch * n_chunks + slot, kv_head, kv0, n_kv_heads, n_sink, BLOCK_KV)
     part_size = n_sink.to(tl.int64) * n_kv_heads * BLOCK_KV
     n_parts = (q_len + chunk - 1) // chunk
     i_kv = tl.arange(0, BLOCK_SUM)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flexsparse.analysis.classify import Grid
+from flexsparse.analysis.cells import Grid
 from flexsparse.default_device import cpu_by_default
 from flexsparse.executors.streaming import Positions
 from flexsparse.expr import Index, Mask, kv_idx, lookup, maximum, minimum, q_idx

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from flexsparse.analysis.classify import Grid
+from flexsparse.analysis.cells import Grid
 from flexsparse.arguments import check_grid
 from flexsparse.errors import MaskError
 from flexsparse.expr import Mask

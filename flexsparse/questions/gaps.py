@@ -13,17 +13,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flexsparse.analysis.classify import (
+from flexsparse.analysis.cells import (
     CELLS_AT_ONCE,
-    ELEMENTS_AT_ONCE,
-    BlockClasses,
     Grid,
     batch_and_head,
     bound_places,
     interval_reading,
 )
+from flexsparse.analysis.classify import BlockClasses
 from flexsparse.analysis.interval import Interval
 from flexsparse.analysis.rectangles import Rectangles
+from flexsparse.analysis.settle import ELEMENTS_AT_ONCE
 from flexsparse.expr import Mask
 from flexsparse.tree import kept_at
 
