@@ -65,8 +65,7 @@ class SparseSelfAttention(WanAttnProcessor):
         qkv = (x.unflatten(2, (attn.heads, -1)) for x in (attn.norm_q(q), attn.norm_k(k), v))
         q, k, v = (x.transpose(1, 2) for x in qkv)  # [B, n_heads, tokens, head_dim]
         rotation = [x[0, :, 0] for x in rotary_emb]  # [tokens, head_dim]
-        # under autocast norms give float32, which v is not
-        q, k = (apply_rotary_emb(x, rotation).type_as(v) for x in (q, k))
+        q, k = (apply_rotary_emb(x, rotation) for x in (q, k))
         if (size, q.device) not in self.compiled:
             self.compile_masks(attn.heads, size, q.device)
         out = self.compiled[size, q.device](q, k, v)

@@ -82,7 +82,7 @@ def exported(masks, kv_len, device):
     q, kv = (minimum(maximum(place, 0), kv_len - 1) for place in (q_idx, kv_idx))
     masks = [mask.at(q_idx=q, kv_idx=kv) if mask.tables else mask for mask in masks]
     there = fs.per_head([mask.to(device) for mask in masks])
-    mask_mod = fs.compile_mask(there, kv_len, kv_len, device=device).block_mask.mask_mod
+    mask_mod = fs.compile_mask(there, kv_len, kv_len, device=device).mask_mod
     some_head = functools.reduce(operator.or_, dict.fromkeys(mask.to("cpu") for mask in masks))
     # kernels of another structure, for prefill and decoding: vLLM counts on 16 for one mask
     torch._dynamo.config.recompile_limit += 8

@@ -30,7 +30,7 @@ from flexsparse.inputs import mismatch
 from flexsparse.launch import Launch
 from flexsparse.lower import LoweredMask
 from flexsparse.modifiers import Modifiers
-from flexsparse.tensors import ScoreMod
+from flexsparse.tensors import MaskMod, ScoreMod
 from flexsparse.uncompiled import uncompiled
 
 if TYPE_CHECKING:
@@ -116,6 +116,7 @@ class CompiledMask:
         self.compile_seconds = compile_seconds
         self.tables = tuple(table for mask in masks.distinct for table in mask.tables)
         self._block_mask: BlockMask | None = None
+        self._mask_mod: MaskMod | None = None
         self._rows: CompiledMask | None = None  # the queries around the last `row`
 
     def __call__(
@@ -239,22 +240,42 @@ class CompiledMask:
         Raises:
             MaskError: a table of the mask was written to since.
         """
-        for table in self.tables:
-            # a graph being compiled knows no versions of tensors
-            if not is_compiling() and table.stale:
-                raise MaskError(table.stale)
+        self._refuse_stale()
         if self._block_mask is None:
             self._block_mask = self._write_block_mask()
         return self._block_mask
 
+    @property
+    def mask_mod(self) -> MaskMod:
+        """All heads as one mask_mod, exact for every element: that of `block_mask`.
+
+        It writes no lists, for systems that make a BlockMask of their own. q_idx counts rows of q.
+
+        Raises:
+            MaskError: a table of the mask was written to since.
+        """
+        self._refuse_stale()
+        if self._mask_mod is None:
+            self._mask_mod = self._lower()
+        return self._mask_mod
+
+    def _refuse_stale(self) -> None:
+        for table in self.tables:
+            # a graph being compiled knows no versions of tensors
+            if not is_compiling() and table.stale:
+                raise MaskError(table.stale)
+
     @cpu_by_default()
     def _write_block_mask(self) -> BlockMask:
         classes = self._all_heads()
+        return block_mask(classes.grid, write_kept_blocks(classes, self.device), self.mask_mod)
+
+    @cpu_by_default()
+    def _lower(self) -> MaskMod:
         alone = len(self.launches) == 1
         mask = self.launches[0].mask if alone else self.masks.mask(self.device)
         wide = any(needs_int64(x.mask, x.grid) for x in self.launches)
-        mask_mod = LoweredMask(mask, self.device, self.q_offset, wide)
-        return block_mask(classes.grid, write_kept_blocks(classes, self.device), mask_mod)
+        return LoweredMask(mask, self.device, self.q_offset, wide)
 
     def _again(self, **changes: Any) -> Callable[[], CompiledMask]:
         """The call of compile_mask that made this mask, with some arguments changed."""

@@ -215,6 +215,15 @@ def test_a_compact_mask_moves_and_flattens():
     assert again.mask_mod is mask.mask_mod
 
 
+def test_the_mask_mod_of_all_heads_needs_no_lists():
+    ids = torch.arange(900) // 200
+    attend = compile_mask(per_head([causal & window(200), causal & same_document(ids)]), 700, 900)
+    rebuilt = create_block_mask(attend.mask_mod, None, 2, 700, 900, "cpu")
+    assert attend._block_mask is None
+    same_mask(attend.block_mask, rebuilt)
+    assert attend.block_mask.mask_mod is attend.mask_mod
+
+
 def test_masks_and_block_masks_are_pickled():
     ids = torch.arange(900) // 200
     masks = per_head([causal & window(200), causal & same_document(ids)])

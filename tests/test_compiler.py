@@ -566,6 +566,7 @@ def test_a_table_changed_after_compiling_is_refused():
     mask = attend.masks[0]
     for use in (
         lambda: attend.block_mask,
+        lambda: attend.mask_mod,
         lambda: attend.at(64, 64),
         lambda: attend.row(5),
         lambda: pickle.dumps(attend),
