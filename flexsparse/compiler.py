@@ -212,13 +212,15 @@ class CompiledMask:
             return self.at(1, self.kv_len, position)
         started = time.perf_counter()
         first = place // ROWS_AT_ONCE * ROWS_AT_ONCE
-        if self._rows is None or self._rows.q_offset != self.q_offset + first:
-            self._rows = self._again(
+        rows = self._rows  # another thread may change it
+        if rows is None or rows.q_offset != self.q_offset + first:
+            rows = self._again(
                 q_len=min(ROWS_AT_ONCE, self.q_len - first),
                 q_offset=self.q_offset + first,
                 block_size=(1, self.block_size[1]),
             )()
-        row = tuple(x.row(place - first, self.block_size) for x in self._rows.launches)
+            self._rows = rows
+        row = tuple(x.row(place - first, self.block_size) for x in rows.launches)
         seconds = time.perf_counter() - started
         return CompiledMask(self.masks, row, self.batch, self.n_heads, self.device, seconds)
 

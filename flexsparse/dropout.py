@@ -66,6 +66,10 @@ class Dropout:
             return self
         return replace(self, heads=torch.tensor(heads, device=device))
 
+    def with_seed_of_now(self) -> Dropout:
+        """The same, and it stays so if a seed that is a tensor is written to."""
+        return replace(self, seed=self.seed.clone()) if isinstance(self.seed, Tensor) else self
+
     def kept(
         self,
         b: int | Tensor,

@@ -184,7 +184,7 @@ def _read(
     if tensor.numel() > INT32_MAX:
         return f"{table(tensor)}[{', '.join(args)}]"  # a flat index would leave int32
     if not args:
-        return table(tensor)
+        return table(tensor.clone())  # as those that are padded, it stays when it is written to
     index = args[0]
     for size, arg in zip(tensor.shape[1:], args[1:], strict=True):
         index = f"({index}) * {number(size)} + {arg}"

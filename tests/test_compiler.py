@@ -1,7 +1,10 @@
+import itertools
+import math
 import pickle
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch.autograd import forward_ad
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -18,6 +21,7 @@ from flexsparse import (
     per_head,
     q_idx,
 )
+from flexsparse.compiler import CompiledMask
 from flexsparse.executors import flex_kernels, reference
 from flexsparse.masks import causal, full, packed, padding, sink, window
 
@@ -497,6 +501,126 @@ def test_what_a_score_mod_reads_may_alone_require_a_gradient():
     ours = torch.autograd.grad(attend(q, k, v, score_mod=biased).square().sum(), bias)
     theirs = attend(q, k, v, score_mod=biased, executor="reference")
     torch.testing.assert_close(ours, torch.autograd.grad(theirs.square().sum(), bias))
+
+
+def gradient_after(change, executor, **options):
+    """dq, where `change` was called between forward and backward."""
+    torch.manual_seed(0)
+    attend, (q, k, v) = compile_mask(STREAMING, 64, 64), inputs(64, 64)
+    out = attend(q.requires_grad_(), k, v, executor=executor, **options)
+    change()
+    return torch.autograd.grad(out.square().sum(), q)[0]
+
+
+@pytest.mark.parametrize("executor", ["blockwise", "reference"])
+def test_a_score_mod_of_a_loop_has_the_gradients_of_its_forward(executor):
+    slope = 0.5
+
+    def change():
+        nonlocal slope
+        slope = 3.0
+
+    biased = lambda score, b, h, q_idx, kv_idx: score + slope * (kv_idx - q_idx)  # noqa: E731
+    inner = lambda *args: biased(*args) * 0.9  # noqa: E731 - a function that a function reads
+    unchanged = gradient_after(lambda: None, "reference", score_mod=inner)
+    torch.testing.assert_close(gradient_after(change, executor, score_mod=inner), unchanged)
+
+
+def test_a_score_mods_tensor_that_is_written_to_before_the_backward_is_refused():
+    bias = torch.ones(8)
+    biased = lambda score, b, h, q_idx, kv_idx: score + bias[h] * (kv_idx - q_idx)  # noqa: E731
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        gradient_after(lambda: bias.add_(1), "blockwise", score_mod=biased)
+
+
+@pytest.mark.parametrize("executor", ["blockwise", "reference"])
+def test_a_seed_that_counts_on_drops_the_same_weights_in_the_backward(executor):
+    first, second = torch.tensor(7), torch.tensor(7)
+    still = gradient_after(lambda: None, executor, dropout_p=0.5, dropout_seed=first)
+    counted = gradient_after(lambda: second.add_(1), executor, dropout_p=0.5, dropout_seed=second)
+    assert counted.equal(still)
+
+
+def test_a_number_in_a_table_is_that_of_the_forward_in_the_backward():
+    size = torch.tensor(9)
+    attend, (q, k, v) = (
+        compile_mask(causal & (q_idx - kv_idx < lookup(size)), 64, 64),
+        inputs(64, 64),
+    )
+    out = attend(q.requires_grad_(), k, v)
+    expected = torch.autograd.grad(out.square().sum(), q, retain_graph=True)
+    size += 20
+    torch.testing.assert_close(torch.autograd.grad(out.square().sum(), q), expected)
+
+
+def test_activation_checkpointing_gives_the_same_gradients():
+    bias, (q, k, v) = torch.randn(8, requires_grad=True), inputs(64, 64)
+    table, attend = torch.randn(64), compile_mask(STREAMING, 64, 64)
+    biased = lambda score, b, h, q_idx, kv_idx: score + bias[h] * table[kv_idx]  # noqa: E731
+    run = lambda q: attend(q, k, v, score_mod=biased)  # noqa: E731
+    tensors = (q.requires_grad_(), bias)
+    expected = torch.autograd.grad(run(q).square().sum(), tensors)
+    again = torch.utils.checkpoint.checkpoint(run, q, use_reentrant=False)
+    torch.testing.assert_close(torch.autograd.grad(again.square().sum(), tensors), expected)
+
+
+def test_a_second_derivative_is_refused_and_never_0():
+    attend, (q, k, v) = compile_mask(STREAMING, 64, 64), inputs(64, 64)
+    out = attend(q.requires_grad_(), k, v)
+    (gradient,) = torch.autograd.grad(out.sum(), q, create_graph=True)
+    with pytest.raises(ExecutorError, match=r"no second derivative\. executor=\"reference\" has"):
+        (out.mean() + gradient.square().sum()).backward()
+
+
+@pytest.mark.parametrize(
+    "of_one_pair",
+    [
+        lambda table, score, h, q_idx, kv_idx: score + (table[q_idx] * table[kv_idx]).sum(),
+        lambda table, score, h, q_idx, kv_idx: score + table[q_idx][h],
+        lambda table, score, h, q_idx, kv_idx: torch.where(h == 0, score, table[q_idx].norm()),
+    ],
+)
+@pytest.mark.parametrize("executor", ["blockwise", "reference"])
+def test_a_score_mod_is_of_one_pair(of_one_pair, executor):
+    table, (q, k, v) = torch.randn(9, 8), inputs(9, 9)
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    scores = q @ k.mT * q.shape[-1] ** -0.5
+    for place in itertools.product(*map(range, scores.shape)):
+        indices = map(torch.tensor, place[1:])
+        scores[place] = of_one_pair(table, scores[place].clone(), *indices)
+    kept = torch.ones(9, 9, dtype=torch.bool).tril()
+    expected = scores.masked_fill(~kept, -math.inf).softmax(-1) @ v
+    score_mod = lambda score, b, *indices: of_one_pair(table, score, *indices)  # noqa: E731
+    out = compile_mask(causal, 9, 9)(q, k, v, score_mod=score_mod, executor=executor)
+    torch.testing.assert_close(out, expected)
+
+
+def test_no_part_of_blockwise_is_compiled():
+    """Inductor's C++ cannot compile the hash of dropout with a seed that is another each time."""
+    attend, (q, k, v) = compile_mask(STREAMING, 64, 64), inputs(64, 64)
+    project, graphs = torch.nn.Linear(q.shape[-1], q.shape[-1]), []
+
+    @torch.compile(backend=lambda graph, _: graphs.append(graph.code) or graph)
+    def model(seed):
+        return attend(project(q), k, v, dropout_p=0.3, dropout_seed=seed)
+
+    for seed in (1, 2, 3):
+        expected = attend(project(q), k, v, dropout_p=0.3, dropout_seed=seed)
+        torch.testing.assert_close(model(seed), expected)
+    assert any("linear" in code for code in graphs)
+    assert not any("^" in code or "index_select" in code for code in graphs)
+
+
+def test_a_row_asked_for_while_others_are_made_is_its_own():
+    class Interrupted(CompiledMask):
+        def __setattr__(self, name, value):
+            super().__setattr__(name, value)
+            if name == "_rows" and value.q_offset == 0:
+                self.row(1000)  # as another thread might
+
+    attend = compile_mask(causal & window(100), 1024, 1024)
+    attend.__class__ = Interrupted
+    assert attend.row(10).q_offset == 10
 
 
 def test_the_reference_weighs_alike_scores_that_are_large():

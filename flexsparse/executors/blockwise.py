@@ -8,7 +8,7 @@ recomputes p from that maximum, so memory is O(length) plus one batch. Everythin
 float32 (float64 for float64 inputs). Inside, scores are powers of 2: exp2 is several times faster
 than exp. A hidden key may hold anything, NaN too; a hidden value may not: 0 * NaN is NaN.
 Gradients of k and v are added up by index_add_, whose order is not fixed on CUDA unless
-torch.use_deterministic_algorithms is on. There is no second derivative.
+torch.use_deterministic_algorithms is on. There is no second derivative; to ask for it raises.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask, noop_mask
 
 from flexsparse.dropout import Dropout
+from flexsparse.errors import ExecutorError
 from flexsparse.executors.blockwise_schedule import Sizes
 from flexsparse.executors.blockwise_scores import Call
-from flexsparse.executors.captured import captured_by
+from flexsparse.executors.captured import Captured, captured_by, with_variables_of_now
+from flexsparse.uncompiled import uncompiled
 
 Mod = Callable[..., Tensor]
 
@@ -56,13 +58,28 @@ def run(
         block_mask: lists for B or 1 batch rows and n_heads or 1 heads, and a mask_mod of raw
             indices, which says what is kept inside PARTIAL blocks.
         scale: of the scores; 1 / sqrt(D) by default.
-        score_mod: as in FlexAttention; tensors that it captures receive gradients too.
+        score_mod: as in FlexAttention; tensors that it captures receive gradients too. The
+            backward calls it again, with the variables that it read here.
         dropout: of the weights.
         return_lse: give the LSE of the undropped softmax: float32, natural log, -inf where a row
             keeps nothing (and out is 0).
     """
     if torch.compiler.is_compiling():
         torch._dynamo.graph_break(msg=NO_GRAPH)
+    return _run(q, k, v, block_mask, scale, score_mod, dropout, return_lse)
+
+
+@uncompiled
+def _run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_mask: BlockMask,
+    scale: float | None,
+    score_mod: Mod | None,
+    dropout: Dropout | None,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
     lengths = zip(block_mask.BLOCK_SIZE, (q.shape[2], k.shape[2]), strict=True)
     block_q, block_kv = (min(block, max(length, 1)) for block, length in lengths)
     call = Call(
@@ -79,11 +96,16 @@ def run(
         ),
         scale=q.shape[3] ** -0.5 if scale is None else scale,
         mask_mod=None if block_mask.mask_mod is noop_mask else block_mask.mask_mod,
-        score_mod=score_mod,
-        dropout=dropout,
+        score_mod=with_variables_of_now(score_mod),
+        dropout=None if dropout is None else dropout.with_seed_of_now(),
     )
-    captured = captured_by(score_mod, q) if score_mod and torch.is_grad_enabled() else []
-    out, lse, _, _ = _Blockwise.apply(call, q, k, v, *captured)  # type: ignore[no-untyped-call]
+    captured = Captured([], [])
+    if call.score_mod is not None and torch.is_grad_enabled():
+        captured = captured_by(call.score_mod, q)
+    n = len(captured.with_gradients)
+    out, lse, _, _ = _Blockwise.apply(  # type: ignore[no-untyped-call]
+        call, n, q, k, v, *captured.with_gradients, *captured.others
+    )
     return out, lse.float() if return_lse else None
 
 
@@ -132,7 +154,7 @@ class _Scratch:
 class _Blockwise(torch.autograd.Function):
     @staticmethod
     def forward(
-        call: Call, q: Tensor, k: Tensor, v: Tensor, *captured: Tensor
+        call: Call, n: int, q: Tensor, k: Tensor, v: Tensor, *captured: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         block_q, block_kv = call.sizes.block
         dtype = torch.promote_types(q.dtype, torch.float32)
@@ -181,18 +203,41 @@ class _Blockwise(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.call, q, k, v, *ctx.captured = inputs
+        ctx.call, n, q, k, v, *captured = inputs
+        ctx.captured = captured[:n]
         out, _, top, mass = output
         # top and mass apart: their sum, the lse, would round away the mass where scores are large
-        ctx.save_for_backward(q, k, v, out, top, mass)
+        ctx.save_for_backward(q, k, v, out, top, mass, *captured)
         ctx.mark_non_differentiable(top, mass)
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, *_: None) -> Any:
-        call: Call = ctx.call
-        q, k, v, out, top, mass = ctx.saved_tensors
+        saved = ctx.saved_tensors  # torch refuses if any was written to, and to be asked twice
+        gradients = _Gradients.apply(  # type: ignore[no-untyped-call]
+            ctx.call, ctx.captured, grad_out, grad_lse, *saved
+        )
+        n_others = len(saved) - 6 - len(ctx.captured)
+        return None, None, *gradients, *[None] * n_others
+
+
+class _Gradients(torch.autograd.Function):
+    """The backward of `_Blockwise`, as a function that says that it has none itself."""
+
+    @staticmethod
+    def forward(
+        call: Call,
+        captured: list[Tensor],
+        grad_out: Tensor | None,
+        grad_lse: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        top: Tensor,
+        mass: Tensor,
+        *_: Tensor,
+    ) -> Any:
         block_q, block_kv = call.sizes.block
         dtype = torch.promote_types(q.dtype, torch.float32)
         q_blocks = _blocks(q.to(dtype) * (call.scale * call.unit), block_q)
@@ -214,7 +259,7 @@ class _Blockwise(torch.autograd.Function):
         grad_q = torch.zeros_like(q_blocks)
         grad_k = torch.zeros_like(k_blocks, dtype=dtype)
         grad_v = torch.zeros_like(v_blocks, dtype=dtype)
-        grad_captured = [torch.zeros_like(x) for x in ctx.captured]
+        grad_captured = [torch.zeros_like(x) for x in captured]
         scratch = _Scratch(q.device, dtype)
         for batch in call.batches(q.device, dtype):
             at, entries = batch.at, len(batch.q_idx)
@@ -243,7 +288,7 @@ class _Blockwise(torch.autograd.Function):
             if call.score_mod is not None:
                 grad_s, *grads = torch.autograd.grad(
                     modified,
-                    [natural, *ctx.captured],
+                    [natural, *captured],
                     grad_s,
                     allow_unused=True,
                     materialize_grads=True,
@@ -260,7 +305,18 @@ class _Blockwise(torch.autograd.Function):
             _add_blocks(grad_q, at.q_block, torch.bmm(grad_s, ks, out=scratch("grad_q", *qs.shape)))
         grad_q = _unblocks(grad_q.mul_(call.scale), q).to(q.dtype)
         grad_k = _unblocks(grad_k.div_(call.unit), k).to(k.dtype)
-        return None, grad_q, grad_k, _unblocks(grad_v, v).to(v.dtype), *grad_captured
+        return grad_q, grad_k, _unblocks(grad_v, v).to(v.dtype), *grad_captured
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor | None) -> Any:
+        raise ExecutorError(
+            "The blockwise executor, which on CPU has the gradients, has no second derivative. "
+            'executor="reference" has, and computes every pair of query and key.'
+        )
 
 
 def _blocks(x: Tensor, block: int, past_end: float = 0.0) -> Tensor:

@@ -1,8 +1,9 @@
-"""Which tensors receive gradients through a score_mod."""
+"""What a score_mod reads besides its arguments: the backward calls it again and must find it."""
 
 from __future__ import annotations
 
-from typing import Any
+import types
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,27 +13,66 @@ from torch.utils._pytree import tree_leaves
 from flexsparse.tensors import ScoreMod
 
 
-class _Watch(TorchFunctionMode):
-    """Collects the tensors with gradients that a function uses and did not make itself."""
+class Captured(NamedTuple):
+    """Tensors that a score_mod uses and did not make: those that receive gradients, and others."""
 
-    def __init__(self) -> None:
+    with_gradients: list[Tensor]
+    others: list[Tensor]
+
+
+class _Watch(TorchFunctionMode):
+    """Collects the tensors that a function uses and did not make itself."""
+
+    def __init__(self, given: list[Tensor]) -> None:
         super().__init__()
         self.found: dict[int, Tensor] = {}
-        self._made: dict[int, Tensor] = {}
+        self._made = {id(x): x for x in given}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for x in tree_leaves((args, kwargs)):
-            if isinstance(x, Tensor) and x.requires_grad and id(x) not in self._made:
+            if isinstance(x, Tensor) and id(x) not in self._made:
                 self.found[id(x)] = x
         result = func(*args, **(kwargs or {}))
         self._made |= {id(x): x for x in tree_leaves(result) if isinstance(x, Tensor)}
         return result
 
 
-def captured_by(score_mod: ScoreMod, q: Tensor) -> list[Tensor]:
-    """The tensors that receive gradients through score_mod, found by calling it once."""
+def captured_by(score_mod: ScoreMod, q: Tensor) -> Captured:
+    """What score_mod captures, found by calling it once."""
     zero = torch.zeros((), dtype=torch.long, device=q.device)
     score = torch.zeros((), dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
-    with _Watch() as watch:
+    # without a graph, of which activation checkpointing would count the tensors
+    with torch.no_grad(), _Watch([score, zero]) as watch:
         score_mod(score, zero, zero, zero, zero)
-    return list(watch.found.values())
+    found = watch.found.values()
+    # one made in inference_mode counts no writes
+    others = [x for x in found if not x.requires_grad and not x.is_inference()]
+    return Captured([x for x in found if x.requires_grad], others)
+
+
+def with_variables_of_now(function: Any, seen: dict[int, Any] | None = None) -> Any:
+    """The function with the variables that it reads as they are now, whatever they become.
+
+    A score_mod that is written in a loop over layers reads the loop's variable, which at the
+    backward is that of the last layer.
+    """
+    if not isinstance(function, types.FunctionType):
+        return function
+    seen = {} if seen is None else seen
+    if id(function) not in seen:
+        cells = tuple(types.CellType() for _ in function.__closure__ or ())
+        copy = types.FunctionType(
+            function.__code__,
+            dict(function.__globals__),
+            function.__name__,
+            function.__defaults__,
+            cells,
+        )
+        copy.__kwdefaults__ = function.__kwdefaults__
+        seen[id(function)] = copy
+        for new, old in zip(cells, function.__closure__ or (), strict=True):
+            try:
+                new.cell_contents = with_variables_of_now(old.cell_contents, seen)
+            except ValueError:  # it has no value yet
+                continue
+    return seen[id(function)]

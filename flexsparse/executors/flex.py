@@ -54,7 +54,11 @@ def unsupported(
             if q.requires_grad or k.requires_grad or v.requires_grad:
                 return "flex_attention has no backward on CPU, and an input requires a gradient"
             # a graph being compiled cannot tell what a score_mod reads
-            if score_mod and not torch.compiler.is_compiling() and captured_by(score_mod, q):
+            if (
+                score_mod
+                and not torch.compiler.is_compiling()
+                and captured_by(score_mod, q).with_gradients
+            ):
                 return (
                     "flex_attention has no backward on CPU, and score_mod reads a tensor that "
                     "requires a gradient"

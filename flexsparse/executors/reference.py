@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from flexsparse.dropout import Dropout
+from flexsparse.executors.blockwise_scores import over_indices
 from flexsparse.tensors import MaskMod, ScoreMod
 
 
@@ -47,7 +48,8 @@ def run(
         for dim, n in enumerate(scores.shape)
     )
     if score_mod is not None:
-        scores = score_mod(scores, b, h, q_idx, kv_idx).to(dtype)
+        of_rows = (x.flatten().expand(len(scores), -1) for x in (h, q_idx, kv_idx))
+        scores = over_indices(score_mod, scores=1)(scores, b.flatten(), *of_rows).to(dtype)
     scores = scores.masked_fill(~mask_mod(b, h, q_idx, kv_idx), -math.inf)
     lse = scores.logsumexp(-1)
     # by the maximum: exp(scores - lse) does not add up to 1 where scores are large and lse rounded
