@@ -90,6 +90,11 @@ MOST_DIGITS = 100  # Python refuses to read thousands of them
 MOST_NESTED = 40  # each level takes a dozen of Python's frames
 
 
+def _bool_as_mask(value: Any) -> Any:
+    """True and False as masks, which they are everywhere but among the options of a pattern."""
+    return Mask("const", payload=value) if isinstance(value, bool) else value
+
+
 class _Parser:
     """Recursive descent over tokens (kind, text, column); columns count from 1."""
 
@@ -134,12 +139,10 @@ class _Parser:
             self.fail(column, f"expected {text!r} and found {found!r}")
 
     def mask(self) -> Mask:
-        value = self.comparison()
+        value = _bool_as_mask(self.comparison())
         kind, found, column = self.tokens[self.position]
         if kind != "end":
             self.fail(column, f"expected an operator and found {found!r}")
-        if isinstance(value, bool):
-            return Mask("const", payload=value)
         if not isinstance(value, Mask):
             what = "an index expression" if isinstance(value, Index) else repr(value)
             self.fail(1, f"the text is {what}, not a mask; compare it with < <= > >= or .equals")
@@ -180,9 +183,9 @@ class _Parser:
     ) -> Any:
         sides = []
         for side in (left, right):
-            if kind is Mask and isinstance(side, bool):
-                side = Mask("const", payload=side)
-            elif kind is Index and isinstance(side, int) and not isinstance(side, bool):
+            if kind is Mask:
+                side = _bool_as_mask(side)
+            elif isinstance(side, int) and not isinstance(side, bool):
                 side = as_index(side)
             if not isinstance(side, kind):
                 what = "a mask" if isinstance(side, Mask) else "an index expression"
@@ -284,6 +287,9 @@ class _Parser:
             if found != "(":
                 self.fail(place, f"{text} needs its arguments: {text}(...)")
             args, kwargs = self.arguments()
+            if value is BUILTINS.get(text):
+                args = [_bool_as_mask(x) for x in args]
+                kwargs = {key: _bool_as_mask(x) for key, x in kwargs.items()}
             return self.guard(column, value, *args, **kwargs)
         return value
 
