@@ -274,9 +274,10 @@ def as_index(value: Index | int) -> Index:
 
 
 def _divisor(value: Index | int, dividend: Index, op: str) -> Index:
-    if isinstance(value, int) and value == 0:
+    divisor = as_index(value)
+    if divisor.op == "const" and divisor.payload == 0:
         raise MaskError(f"Division by zero: {dividend} {op} 0. Use a divisor of 1 or more.")
-    return as_index(value)
+    return divisor
 
 
 def _as_mask(value: object, op: str) -> Mask:

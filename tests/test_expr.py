@@ -92,6 +92,7 @@ MISTAKES = [
     (lambda: q_idx + TABLE, r"fs\.lookup\(table"),
     (lambda: q_idx // 0, "Division by zero: q_idx // 0"),
     (lambda: q_idx % 0, "Division by zero"),
+    (lambda: q_idx // np.int64(0), "Division by zero"),
     (lambda: q_idx < 2**62, r"beyond 2\*\*61"),
     (lambda: window(0), r"window\(size=0\) sees no key.*use size >= 1"),
     (lambda: window(-3), "sees no key"),

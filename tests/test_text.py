@@ -50,6 +50,8 @@ MISTAKES = [
     ("positions", 1, "unknown name 'positions'"),
     ("", 1, "the end of the text"),
     ("where(causal, True, 3) < 3", 1, "combines two Masks, but one side is int"),
+    ("q_idx // 0 < 1", 7, "Division by zero: q_idx // 0"),
+    ("5 % 0 < q_idx", 3, "Division by zero: 5 % 0"),
     ("minimum(True, 3) < q_idx", 1, "not Mask: True"),
 ]
 
