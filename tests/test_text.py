@@ -52,6 +52,9 @@ MISTAKES = [
     ("where(causal, True, 3) < 3", 1, "combines two Masks, but one side is int"),
     ("q_idx // 0 < 1", 7, "Division by zero: q_idx // 0"),
     ("5 % 0 < q_idx", 3, "Division by zero: 5 % 0"),
+    ("lserve([1, 0])", 1, "the masks of 2 heads, not one mask; .*, such as causal"),
+    ("causal & lserve([0, 1])", 8, "one side is the masks of 2 heads; .*, such as token_stream"),
+    ("'causal'", 1, "the text is 'causal', not a mask; write one mask"),
     ("minimum(True, 3) < q_idx", 1, "not Mask: True"),
 ]
 
