@@ -274,16 +274,18 @@ def as_index(value: Index | int) -> Index:
 
 
 def _divisor(value: Index | int, dividend: Index, op: str) -> Index:
-    if isinstance(value, int) and value == 0:
+    divisor = as_index(value)
+    if divisor.op == "const" and divisor.payload == 0:
         raise MaskError(f"Division by zero: {dividend} {op} 0. Use a divisor of 1 or more.")
-    return as_index(value)
+    return divisor
 
 
 def _as_mask(value: object, op: str) -> Mask:
     if isinstance(value, Mask):
         return value
     hint = {
-        bool: "`==` compares the expressions themselves; write a.equals(b) for the mask.",
+        bool: "`==` compares the expressions themselves; write a.equals(b) for the mask, and "
+        "fs.everything or fs.nothing for True or False.",
         int: "~(a == b) inverts a bool; write ~a.equals(b) for the mask.",
         Index: "Put parentheses round comparisons: (a <= b) & (c < d).",
     }.get(type(value), "Call the pattern first, or read a boolean tensor with fs.lookup.")
@@ -302,7 +304,7 @@ def maximum(a: Index | int, b: Index | int) -> Index:
 
 def where(condition: Mask, yes: Any, no: Any) -> Any:
     """`yes` where a mask is true, and `no` elsewhere: two index expressions, or two masks."""
-    if isinstance(yes, Mask) or isinstance(no, Mask):
+    if isinstance(yes, (Mask, bool)) or isinstance(no, (Mask, bool)):
         sides: tuple[Expr, Expr] = (_as_mask(yes, "where"), _as_mask(no, "where"))
         return Mask("where", (_as_mask(condition, "where"), *sides))
     return Index("where", (_as_mask(condition, "where"), as_index(yes), as_index(no)))

@@ -113,12 +113,12 @@ def lowering(
             text = table(torch.tensor(value, dtype=dtype, device=device))
         elif node.op in CASTS:
             text = f"{args[0]}.to({node.payload})"
-            if isinstance(node, Index):
-                text += f".to(torch.int{64 if wide else 32})"
         elif isinstance(node.payload, Opaque):
             text = f"{table(node.payload.call)}({', '.join(args)})"
         else:
             text = TEXT_READING.get(node.op, f"{{}} {node.op} {{}}").format(*args)
+        if isinstance(node, Index) and (node.op in CASTS or isinstance(node.payload, Opaque)):
+            text += f".to(torch.int{64 if wide else 32})"  # arithmetic on it would wrap round
         names[id(node)] = f"v{len(lines)}"
         lines.append(f"v{len(lines)} = {text}")
     bind = _bind(_function(lines, names[id(mask)], 1 + len(numbers), len(tables)))

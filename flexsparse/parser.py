@@ -32,7 +32,8 @@ from flexsparse.expr import (
     q_idx,
     where,
 )
-from flexsparse.text import INFIX, OR, SUM, UNARY
+from flexsparse.heads import PerHead
+from flexsparse.text import INFIX, OR, SUM, UNARY, shorten, shown
 from flexsparse.tree import Expr
 
 BUILTINS: dict[str, Any] = {
@@ -65,6 +66,11 @@ def parse(text: str, names: Mapping[str, Any] | ModuleType | None = None) -> Mas
     return _Parser(text, {**BUILTINS, **_public(names)}).mask()
 
 
+def parse_heads(text: str, names: Mapping[str, Any] | ModuleType | None = None) -> Mask | PerHead:
+    """Read a mask as `parse` does, or the masks of all heads: 'duo_attention([1, 0])'."""
+    return _Parser(text, {**BUILTINS, **_public(names)}).masks()
+
+
 def _public(names: Mapping[str, Any] | ModuleType | None) -> dict[str, Any]:
     """What a text may use of names: not a module in them, and none with a leading _."""
     if isinstance(names, ModuleType):
@@ -88,6 +94,24 @@ _TOKEN = re.compile(
 _LITERALS = {"None": None}
 MOST_DIGITS = 100  # Python refuses to read thousands of them
 MOST_NESTED = 40  # each level takes a dozen of Python's frames
+
+
+def _bool_as_mask(value: Any) -> Any:
+    """True and False as masks, which they are everywhere but among the options of a pattern."""
+    return Mask("const", payload=value) if isinstance(value, bool) else value
+
+
+def _described(value: Any) -> str:
+    """What a text was read as, in one line."""
+    if isinstance(value, PerHead):
+        return f"the masks of {value.n_heads} heads"
+    if isinstance(value, Expr):
+        return "a mask" if isinstance(value, Mask) else "an index expression"
+    return shorten(repr(value), 60)
+
+
+def _one_of(heads: PerHead) -> str:
+    return f"write the mask of one head, such as {shown(heads[0])}"
 
 
 class _Parser:
@@ -134,15 +158,21 @@ class _Parser:
             self.fail(column, f"expected {text!r} and found {found!r}")
 
     def mask(self) -> Mask:
-        value = self.comparison()
+        value = self.masks()
+        if isinstance(value, PerHead):
+            self.fail(1, f"the text is {_described(value)}, not one mask; {_one_of(value)}")
+        return value
+
+    def masks(self) -> Mask | PerHead:
+        value = _bool_as_mask(self.comparison())
         kind, found, column = self.tokens[self.position]
         if kind != "end":
             self.fail(column, f"expected an operator and found {found!r}")
-        if isinstance(value, bool):
-            return Mask("const", payload=value)
-        if not isinstance(value, Mask):
-            what = "an index expression" if isinstance(value, Index) else repr(value)
-            self.fail(1, f"the text is {what}, not a mask; compare it with < <= > >= or .equals")
+        if not isinstance(value, (Mask, PerHead)):
+            fix = "write one mask: a pattern, or a comparison such as kv_idx <= q_idx"
+            if isinstance(value, (Index, int)):
+                fix = "compare it with < <= > >= or .equals"
+            self.fail(1, f"the text is {_described(value)}, not a mask; {fix}")
         return value
 
     def comparison(self) -> Any:
@@ -180,16 +210,18 @@ class _Parser:
     ) -> Any:
         sides = []
         for side in (left, right):
-            if kind is Mask and isinstance(side, bool):
-                side = Mask("const", payload=side)
-            elif kind is Index and isinstance(side, int) and not isinstance(side, bool):
+            if kind is Mask:
+                side = _bool_as_mask(side)
+            elif isinstance(side, int) and not isinstance(side, bool):
                 side = as_index(side)
             if not isinstance(side, kind):
-                what = "a mask" if isinstance(side, Mask) else "an index expression"
-                what = what if isinstance(side, Expr) else repr(side)
                 fix = "put parentheses round comparisons: (a <= b) & (c < d)"
+                if isinstance(side, PerHead):
+                    fix = _one_of(side)
                 need = "masks" if kind is Mask else "integers and index expressions"
-                self.fail(column, f"this operator takes {need} and one side is {what}; {fix}")
+                self.fail(
+                    column, f"this operator takes {need} and one side is {_described(side)}; {fix}"
+                )
             sides.append(side)
         return self.guard(column, build, *sides)
 
@@ -284,6 +316,9 @@ class _Parser:
             if found != "(":
                 self.fail(place, f"{text} needs its arguments: {text}(...)")
             args, kwargs = self.arguments()
+            if value is BUILTINS.get(text):
+                args = [_bool_as_mask(x) for x in args]
+                kwargs = {key: _bool_as_mask(x) for key, x in kwargs.items()}
             return self.guard(column, value, *args, **kwargs)
         return value
 

@@ -311,6 +311,10 @@ IDIOMS = {
     "in place": _in_place,
 }
 # exact as well, through operators that have no rule
+BYTES = torch.arange(600).to(torch.uint8)
+SHORTS = (torch.arange(600) * 50).to(torch.int16)
+INTS = (torch.arange(600) * 3_500_000).to(torch.int32)
+SHIFTS = torch.arange(600) % 3
 OPAQUE = {
     "sin": (lambda b, h, q, k: (q * 0.1).sin() > (k * 0.1).cos(), {"aten.sin", "aten.cos"}),
     "hash": (lambda b, h, q, k: (q * 6364136223846793005 + k) >> 33 & 7 == 3, {"aten.mul"}),
@@ -319,6 +323,19 @@ OPAQUE = {
     "cumsum": (lambda b, h, q, k: (BOOK[q // 120] * k).cumsum(0)[k % 99] > 9, {"aten.cumsum"}),
     "long sum": (lambda b, h, q, k: (DOCUMENTS * q).sum() % 1000 > k, {"aten.sum"}),
     "argmax": (lambda b, h, q, k: (PAIRS[k] - q).abs().argmax() == 0, {"aten.argmax"}),
+    "bytes": (
+        lambda b, h, q, k: (BYTES[q] >> SHIFTS.to(torch.uint8)[k]).long() * 9 + q > BYTES[k] * 4,
+        {"aten.__rshift__"},
+    ),
+    "shorts": (lambda b, h, q, k: SHORTS[q].trunc().long() * 9 > k * 900, {"aten.trunc"}),
+    "ints": (
+        lambda b, h, q, k: (INTS[q] >> SHIFTS.int()[k]).long() * 9 > INTS[k],
+        {"aten.__rshift__"},
+    ),
+    "place": (
+        lambda b, h, q, k: SHIFTS[SHORTS[q].trunc().clamp(0, 99).long()] > k % 3,
+        {"aten.trunc"},
+    ),
     "sort": (lambda b, h, q, k: torch.stack([q, k]).half().sort()[0][0] > 90, {"aten.sort"}),
 }
 if _can_vmap(

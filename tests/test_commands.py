@@ -117,9 +117,19 @@ def test_show_draws_the_first_head_of_a_mask_that_reads_h(capsys):
     assert "head 0 in batch row 0" in capsys.readouterr().out
 
 
+def test_show_draws_each_mask_that_heads_have(capsys):
+    assert main(["show", "duo_attention([1, 0, 1], 4, 8)", "--len", "300"]) == 0
+    out = capsys.readouterr().out
+    assert "\ncausal, heads 0, 2:\nkeys 0" in out
+    assert "\nduo_streaming(4, 8, 'decoding', None), head 1:\nkeys 0" in out
+    assert out.count("blocks computed (") == 2
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
+        (["show", "duo_attention([1, 0])", "--len", "64", "--heads", "3"], r"got 2 masks but"),
+        (["show", "longgen(4, causal)", "--len", "64"], r"not a mask; write one mask"),
         (["show", "causal & sink(2", "--len", "64"], r"column 16"),
         (["show", "causal & windw(2)", "--len", "64"], r"did you mean 'window'"),
         (["show", "window(0)", "--len", "64"], r"sees no key"),
@@ -165,7 +175,7 @@ def test_ctrl_c_ends_without_a_traceback(monkeypatch, capsys):
     def interrupted(text):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("flexsparse.commands.show.read_mask", interrupted)
+    monkeypatch.setattr("flexsparse.commands.show.read_heads", interrupted)
     assert main(["show", "causal", "--len", "64"]) == 130
     assert capsys.readouterr().err.strip() == "flexsparse: stopped."
 
@@ -264,6 +274,13 @@ def test_run_checks_itself_against_the_reference(options, capsys):
 def test_run_takes_a_mask_that_reads_the_head_and_the_batch_row(capsys):
     text = "causal & (q_idx - kv_idx < 50 * (h + b + 1))"
     assert main(["run", text, "--len", "300", "--heads", "2", "--batch", "2"]) == 0
+    assert "agrees with the dense reference" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [[], ["--kv-heads", "2"]])
+def test_run_takes_the_masks_of_all_heads(options, capsys):
+    assert main(["run", "s2_attention(4, 2, 4, 64)", "--len", "300", *options]) == 0
     assert "agrees with the dense reference" in capsys.readouterr().out
 
 

@@ -5,7 +5,9 @@ import pickle
 import pytest
 import torch
 import torch.utils.checkpoint
+from mask_mods import OPAQUE
 from torch.autograd import forward_ad
+from torch.nn.attention.flex_attention import create_mask
 from torch.nn.functional import scaled_dot_product_attention
 
 import flexsparse as fs
@@ -146,6 +148,16 @@ def test_heads_in_flex_launches_come_back_in_order():
     torch.testing.assert_close(
         attend(q, k, v, executor="flex"), attend(q, k, v, executor="reference")
     )
+
+
+@pytest.mark.parametrize("name", ["bytes", "place"])
+def test_kernels_count_on_with_the_results_of_operators_without_a_rule(name):
+    mask_mod, _ = OPAQUE[name]
+    q, k, v = inputs(300, 300)
+    kept = create_mask(mask_mod, 1, 1, 300, 300, "cpu")
+    attend = compile_mask(from_mask_mod(mask_mod), 300, 300)
+    assert attend.launches[0].usual_executor == "flex"
+    assert_as_good_as_dense(attend(q, k, v), lambda *where: kept, q, k, v)
 
 
 def test_masks_that_read_the_head_and_the_batch_row():

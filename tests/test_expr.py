@@ -30,6 +30,7 @@ from flexsparse import (
     pattern,
     per_head,
     q_idx,
+    where,
 )
 from flexsparse.lower import lower
 from flexsparse.masks import causal, sink, window
@@ -91,6 +92,7 @@ MISTAKES = [
     (lambda: q_idx + TABLE, r"fs\.lookup\(table"),
     (lambda: q_idx // 0, "Division by zero: q_idx // 0"),
     (lambda: q_idx % 0, "Division by zero"),
+    (lambda: q_idx // np.int64(0), "Division by zero"),
     (lambda: q_idx < 2**62, r"beyond 2\*\*61"),
     (lambda: window(0), r"window\(size=0\) sees no key.*use size >= 1"),
     (lambda: window(-3), "sees no key"),
@@ -112,6 +114,8 @@ MISTAKES = [
     (lambda: causal - causal, r"a & ~b is a without b"),
     (lambda: causal < 3, r"fs\.where\(mask, 1, 0\)"),
     (lambda: causal & ~(q_idx == kv_idx), r"write ~a\.equals\(b\)"),
+    (lambda: where(causal, True, False), "two Masks.*bool.*fs.everything or fs.nothing for True"),
+    (lambda: where(causal, 3, True), "two Masks, but one side is int"),
     (lambda: causal.named(3), r"named\(3\): a label must be a str of one line"),
     (lambda: causal.named("a\nb"), "one line"),
     (lambda: causal.to("nowhere"), "device='nowhere' cannot be used here"),

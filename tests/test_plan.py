@@ -70,6 +70,7 @@ ROUND_TRIPS = {
     "formulas": SparsePlan([[fs.q_idx // 64 >= fs.kv_idx // 64, None]]),
     "a name of one's own": SparsePlan([[(causal & window(3)).named("mine")]]),
     "heads": SparsePlan([[causal & (fs.kv_idx % 4).equals(fs.h)] * 2]),
+    "a constant": SparsePlan([[fs.where(fs.h < 1, causal, fs.everything)]]),
     "nothing": SparsePlan([None, None]),
     "longgen": SparsePlan([[mask] * 3 for mask in masks.longgen(6, causal & window(5))]),
 }

@@ -3,7 +3,19 @@ import operator
 
 import pytest
 
-from flexsparse import MaskError, compile_mask, kv_idx, masks, parse, per_head, q_idx
+from flexsparse import (
+    MaskError,
+    compile_mask,
+    everything,
+    h,
+    kv_idx,
+    masks,
+    nothing,
+    parse,
+    per_head,
+    q_idx,
+    where,
+)
 from flexsparse.masks import causal, sink, window
 from flexsparse.text import MOST_WRITTEN, formula, shown
 
@@ -37,12 +49,34 @@ MISTAKES = [
     ("__builtins__", 1, "unknown name '__builtins__'"),
     ("positions", 1, "unknown name 'positions'"),
     ("", 1, "the end of the text"),
+    ("where(causal, True, 3) < 3", 1, "combines two Masks, but one side is int"),
+    ("q_idx // 0 < 1", 7, "Division by zero: q_idx // 0"),
+    ("5 % 0 < q_idx", 3, "Division by zero: 5 % 0"),
+    ("lserve([1, 0])", 1, "the masks of 2 heads, not one mask; .*, such as causal"),
+    ("causal & lserve([0, 1])", 8, "one side is the masks of 2 heads; .*, such as token_stream"),
+    ("'causal'", 1, "the text is 'causal', not a mask; write one mask"),
+    ("minimum(True, 3) < q_idx", 1, "not Mask: True"),
 ]
 
 
 @pytest.mark.parametrize(("text", "mask"), READS, ids=lambda x: str(x)[:30])
 def test_text_is_read(text, mask):
     assert parse(text, NAMES) == mask
+
+
+CONSTANTS = [
+    where(h < 1, causal, everything),
+    where(everything, causal, nothing),
+    where(kv_idx < 9, nothing, everything),
+    where(everything, 3, 4) < q_idx,
+    causal & everything,
+    ~nothing,
+]
+
+
+@pytest.mark.parametrize("mask", CONSTANTS, ids=str)
+def test_true_and_false_are_read_back_as_masks(mask):
+    assert parse(str(mask)) == mask
 
 
 @pytest.mark.parametrize(("text", "column", "message"), MISTAKES, ids=lambda x: str(x)[:30])

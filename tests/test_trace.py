@@ -58,6 +58,14 @@ def test_an_operator_without_a_rule_is_exact_and_named(name):
 
 
 @pytest.mark.parametrize("name", OPAQUE)
+def test_an_operator_without_a_rule_is_lowered_exactly(name):
+    case = mask_mods.Case(name, OPAQUE[name][0], 300, 200)
+    lowered = compile_mask(from_mask_mod(case.mask_mod), 300, 200, q_offset=0, device="cpu")
+    zero, queries, keys = torch.tensor(0), torch.arange(300)[:, None], torch.arange(200)
+    assert torch.equal(lowered.mask_mod(zero, zero, queries, keys), by_torch(case)[0, 0])
+
+
+@pytest.mark.parametrize("name", OPAQUE)
 def test_equal_opaque_masks_are_equal(name):
     mask_mod, _ = OPAQUE[name]
     assert from_mask_mod(mask_mod) == from_mask_mod(mask_mod)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 import flexsparse.masks
 from flexsparse.expr import Mask
-from flexsparse.parser import parse
+from flexsparse.heads import PerHead
+from flexsparse.parser import parse, parse_heads
 
 
 class CommandError(Exception):
@@ -33,8 +34,12 @@ def positive(text: str) -> int:
 
 def read_mask(text: str) -> Mask:
     """A mask from text, with the pattern library's names."""
-    patterns = {name: getattr(flexsparse.masks, name) for name in flexsparse.masks.__all__}
-    return parse(text, patterns)
+    return parse(text, flexsparse.masks)
+
+
+def read_heads(text: str) -> Mask | PerHead:
+    """A mask from text, or the masks of all heads, with the pattern library's names."""
+    return parse_heads(text, flexsparse.masks)
 
 
 def check_writable(path: str | None) -> None:

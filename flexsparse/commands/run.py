@@ -18,10 +18,12 @@ from flexsparse.commands.arguments import (
     medians,
     positive,
     ratio,
+    read_heads,
     seconds,
 )
 from flexsparse.commands.show import add_mask_arguments, compiled_from
 from flexsparse.compiler import CompiledMask
+from flexsparse.heads import PerHead
 
 # the largest error of an output, relative to the largest output, that still counts as equal
 ALLOWED_ERROR = {"float32": 1e-5, "bfloat16": 2**-6, "float16": 2**-9}
@@ -39,7 +41,9 @@ def add_to(commands: Any) -> None:
     )
     add_mask_arguments(parser)
     parser.add_argument("--batch", type=positive, default=1, help="batch rows (default: 1)")
-    parser.add_argument("--heads", type=positive, default=8, help="query heads (default: 8)")
+    parser.add_argument(
+        "--heads", type=positive, help="query heads (default: those of the mask, or 8)"
+    )
     parser.add_argument("--kv-heads", type=positive, help="kv heads (default: as many)")
     parser.add_argument("--head-dim", type=positive, default=64, help="(default: 64)")
     parser.add_argument(
@@ -51,8 +55,10 @@ def add_to(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run, check and time a mask; 1 if its output is not the reference's."""
     device = device_here()
-    q, k, v = _random_tensors(args, device)
-    attend = compiled_from(args, str(device))
+    mask = read_heads(args.mask)
+    n_heads = args.heads or (mask.n_heads if isinstance(mask, PerHead) else 8)
+    q, k, v = _random_tensors(args, n_heads, device)
+    attend = compiled_from(args, mask, n_heads, str(device))
     print(attend)
     print(
         f"\nOn {device_name(device)}: q {list(q.shape)}, k and v {list(k.shape)}, {args.dtype}, "
@@ -73,13 +79,15 @@ def run(args: argparse.Namespace) -> int:
     return _check(attend, q, k, v, result[0], ALLOWED_ERROR[args.dtype])
 
 
-def _random_tensors(args: argparse.Namespace, device: torch.device) -> tuple[Tensor, ...]:
+def _random_tensors(
+    args: argparse.Namespace, n_heads: int, device: torch.device
+) -> tuple[Tensor, ...]:
     dtype = getattr(torch, args.dtype)
-    kv_heads = args.kv_heads or args.heads
+    kv_heads = args.kv_heads or n_heads
     shapes = [
         (args.batch, heads, n, args.head_dim)
         for heads, n in (
-            (args.heads, args.q_len or args.kv_len),
+            (n_heads, args.q_len or args.kv_len),
             (kv_heads, args.kv_len),
             (kv_heads, args.kv_len),
         )

@@ -7,9 +7,12 @@ import sys
 from typing import Any
 
 from flexsparse.arguments import INT32_MAX
-from flexsparse.commands.arguments import CommandError, positive, read_mask
+from flexsparse.commands.arguments import CommandError, positive, read_heads
 from flexsparse.compiler import CompiledMask, compile_mask
 from flexsparse.drawing.terminal import Ink, picture
+from flexsparse.expr import Mask
+from flexsparse.heads import PerHead, counted
+from flexsparse.text import shown
 
 MOST_BLOCKS = 1 << 20  # along the queries or the keys; the diagonal of so many takes seconds
 MASK_HELP = "a mask, quoted for the shell: 'causal & (sink(64) | window(256))'"
@@ -38,9 +41,10 @@ def add_mask_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--block-size", type=positive, default=128, help="tokens (default: 128)")
 
 
-def compiled_from(args: argparse.Namespace, device: str = "cpu") -> CompiledMask:
-    """The mask of the command line, compiled."""
-    mask = read_mask(args.mask)
+def compiled_from(
+    args: argparse.Namespace, mask: Mask | PerHead, n_heads: int | None, device: str = "cpu"
+) -> CompiledMask:
+    """A mask, or the masks of all heads, compiled at the lengths of the command line."""
     longest = max(args.q_len or args.kv_len, args.kv_len)
     if MOST_BLOCKS * args.block_size < longest <= INT32_MAX:
         raise CommandError(
@@ -48,24 +52,35 @@ def compiled_from(args: argparse.Namespace, device: str = "cpu") -> CompiledMask
             f"{args.block_size}, and at most {MOST_BLOCKS:,} in a row are looked at. Give a larger "
             "--block-size, or fewer tokens."
         )
-    for variable, option, what in (("h", "heads", "query heads"), ("b", "batch", "batch rows")):
-        if variable in mask.variables and getattr(args, option) is None:
+    masks = mask.distinct if isinstance(mask, PerHead) else (mask,)
+    variables = {variable for one in masks for variable in one.variables}
+    for variable, option, n, what in (
+        ("h", "heads", n_heads, "query heads"),
+        ("b", "batch", args.batch, "batch rows"),
+    ):
+        if variable in variables and n is None:
             raise CommandError(f"The mask reads {variable}: give --{option}, how many {what}.")
     return compile_mask(
         mask,
         args.q_len or args.kv_len,
         args.kv_len,
-        batch=args.batch if "b" in mask.variables else None,
-        n_heads=args.heads if "h" in mask.variables else None,
+        batch=args.batch if "b" in variables else None,
+        n_heads=n_heads if "h" in variables or isinstance(mask, PerHead) else None,
         device=device,
         block_size=args.block_size,
     )
 
 
 def show(args: argparse.Namespace) -> int:
-    """Print the report and the picture of a mask."""
-    compiled = compiled_from(args)
+    """Print the report and the picture of a mask, or a picture for each mask that heads have."""
+    mask = read_heads(args.mask)
+    compiled = compiled_from(args, mask, args.heads)
+    ink = Ink.of(sys.stdout)
     print(compiled)
-    print()
-    print(picture(compiled, Ink.of(sys.stdout)))
+    if isinstance(mask, Mask):
+        print(f"\n{picture(compiled, ink)}")
+        return 0
+    for place, own in enumerate(mask.distinct):
+        print(f"\n{shown(own)}, {counted('head', mask.heads_of(place))}:")
+        print(picture(compiled_from(args, own, None), ink))
     return 0
