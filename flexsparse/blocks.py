@@ -61,6 +61,12 @@ class CompactBlockMask(BlockMask):
     here they are other rows. Everything else is BlockMask's own, pickling too.
     """
 
+    def __getitem__(self, index: Any) -> CompactBlockMask:
+        """What torch takes for this index, whose rows of keys are as compact as these."""
+        part = super().__getitem__(index)
+        kept = (*self._TENSOR_ATTRS, *self._CONTEXT_ATTRS)
+        return CompactBlockMask(**{name: getattr(part, name) for name in kept})
+
     def _adjust(self, new_q_len: int, new_kv_len: int) -> CompactBlockMask:
         """The upper left corner, of whole blocks: the mask of the first queries and keys."""
         rows, columns = (
