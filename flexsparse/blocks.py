@@ -232,6 +232,8 @@ def write_lists(
     Lines are planes x rows. Each row of a rectangle is a run of consecutive columns. A line is one
     cumulative sum: its entries step by 1 inside a run and jump where the next run starts.
     """
+    # numbers decide how wide lists are, and on meta there are none
+    target, device = device, torch.device("cpu") if device.type == "meta" else device
     line, start, length = (x.to(device) for x in _runs(rectangles, rows, columns))
     counts = torch.zeros(lines, dtype=torch.int64, device=device).index_add_(0, line, length)
     if width is None:
@@ -263,7 +265,7 @@ def write_lists(
         short = (count < longest).nonzero().flatten()
         part[short, count[short]] = -line_last[top:bottom][short].int()
         torch.cumsum(part, 1, dtype=torch.int32, out=part)
-    return counts.int(), body
+    return counts.int().to(target), storage.to(target)[: lines * width].view(lines, width)
 
 
 def _zeros(size: int, device: torch.device, written: int) -> Tensor:

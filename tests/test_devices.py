@@ -343,3 +343,23 @@ def test_a_default_device_without_numbers():
         assert fs.check(causal & window(9), N, N)
         out = attend(q, k, v, executor="blockwise")
     torch.testing.assert_close(out, expected)
+
+
+def test_a_plan_for_a_device_without_numbers():
+    """It has the shapes, the costs and the plan of any other."""
+    masks = fs.per_head([causal, causal & window(9), causal & (sink(4) | window(70))])
+    true = on_cpu(lambda ids: masks)
+    with torch.device("meta"):
+        by_default = fs.compile_mask(masks, N, N)
+    for mine in (by_default, fs.compile_mask(masks, N, N, device="meta")):
+        assert mine.device.type == "meta"
+        assert mine.cost() == true.cost()
+        assert mine.row(N - 1).cost() == true.row(N - 1).cost()
+        for attribute in LISTS:
+            lists = getattr(mine.block_mask, attribute)
+            assert lists.is_meta
+            assert lists.shape == getattr(true.block_mask, attribute).shape
+        q, k, v = (torch.randn(1, 3, N, 32, device="meta") for _ in range(3))
+        assert mine(q, k, v, executor="reference").shape == (1, 3, N, 32)
+        with pytest.raises(fs.ExecutorError, match=r"q has no data \(device meta\)"):
+            mine(q, k, v)
