@@ -161,6 +161,15 @@ def test_questions_about_a_mask_with_tables_on_cuda(cuda):
     assert "<" in mask._repr_html_()
 
 
+def test_a_table_on_another_device_is_refused_with_both_fixes(cuda):
+    _, _, ids = cuda
+    text = (
+        r"is on cuda:0 and .* for cpu\. Compile mask\.to\('cpu'\), or compile with device='cuda:0'"
+    )
+    with pytest.raises(fs.MaskError, match=text):
+        fs.compile_mask(causal & same_document(ids), N, N, device="cpu")
+
+
 def test_create_block_mask(cuda):
     _, _, ids = cuda
     mine = fs.create_block_mask(
