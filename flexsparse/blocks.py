@@ -61,6 +61,12 @@ class CompactBlockMask(BlockMask):
     here they are other rows. Everything else is BlockMask's own, pickling too.
     """
 
+    def __getitem__(self, index: Any) -> CompactBlockMask:
+        """What torch takes for this index, whose rows of keys are as compact as these."""
+        part = super().__getitem__(index)
+        kept = (*self._TENSOR_ATTRS, *self._CONTEXT_ATTRS)
+        return CompactBlockMask(**{name: getattr(part, name) for name in kept})
+
     def _adjust(self, new_q_len: int, new_kv_len: int) -> CompactBlockMask:
         """The upper left corner, of whole blocks: the mask of the first queries and keys."""
         rows, columns = (
@@ -226,6 +232,8 @@ def write_lists(
     Lines are planes x rows. Each row of a rectangle is a run of consecutive columns. A line is one
     cumulative sum: its entries step by 1 inside a run and jump where the next run starts.
     """
+    # numbers decide how wide lists are, and on meta there are none
+    target, device = device, torch.device("cpu") if device.type == "meta" else device
     line, start, length = (x.to(device) for x in _runs(rectangles, rows, columns))
     counts = torch.zeros(lines, dtype=torch.int64, device=device).index_add_(0, line, length)
     if width is None:
@@ -257,7 +265,7 @@ def write_lists(
         short = (count < longest).nonzero().flatten()
         part[short, count[short]] = -line_last[top:bottom][short].int()
         torch.cumsum(part, 1, dtype=torch.int32, out=part)
-    return counts.int(), body
+    return counts.int().to(target), storage.to(target)[: lines * width].view(lines, width)
 
 
 def _zeros(size: int, device: torch.device, written: int) -> Tensor:

@@ -16,7 +16,14 @@ from flexsparse import report
 from flexsparse.analysis.cells import Grid
 from flexsparse.analysis.classify import BlockClasses
 from flexsparse.analysis.validate import needs_int64
-from flexsparse.arguments import block_sizes, check_grid, check_position, usable_device
+from flexsparse.arguments import (
+    INT32_MAX,
+    block_sizes,
+    check_grid,
+    check_position,
+    check_size,
+    usable_device,
+)
 from flexsparse.blocks import block_mask, write_kept_blocks
 from flexsparse.cost import Cost
 from flexsparse.default_device import cpu_by_default
@@ -228,7 +235,13 @@ class CompiledMask:
         """Blocks, FLOPs and bytes of a forward pass of one batch row; `print` shows each launch's.
 
         Of a mask for any number of heads, it is the cost of one head.
+
+        Raises:
+            MaskError: head_dim is no size, or dtype no torch.dtype.
         """
+        check_size("head_dim", head_dim, INT32_MAX)
+        if not isinstance(dtype, torch.dtype):
+            raise MaskError(f"dtype={dtype!r}; it must be a torch.dtype, such as torch.bfloat16.")
         costs = [launch.cost(head_dim, dtype.itemsize) for launch in self.launches]
         return Cost(*(sum(numbers) for numbers in zip(*costs, strict=True)))
 

@@ -17,12 +17,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from flexsparse.errors import MaskError
 from flexsparse.tensors import ScoreMod
+
+Whole = TypeVar("Whole", int, Tensor)
 
 WORD = 0xFFFFFFFF
 MULTIPLY = (0x21F0AAAD, 0x735A2D97)
@@ -85,7 +88,8 @@ class Dropout:
     def dropping(self, score_mod: ScoreMod | None, device: torch.device) -> ScoreMod:
         """A score_mod, or none, followed by -inf for the scores of dropped weights."""
         # as a tensor, a new seed compiles nothing
-        seed = torch.as_tensor(self.seed, dtype=torch.int64, device=device)
+        seed = self.seed if isinstance(self.seed, Tensor) else _as_int64(self.seed)
+        seed = torch.as_tensor(seed, dtype=torch.int64, device=device)
         dropout = replace(self, seed=seed)
 
         def drop(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
@@ -184,4 +188,13 @@ def _word(x: Tensor) -> Tensor:
 
 
 def _as_int32(x: Tensor) -> Tensor:
-    return ((x & WORD ^ OUTCOMES) - OUTCOMES).to(torch.int32)
+    return _signed(x).to(torch.int32)
+
+
+def _as_int64(seed: int) -> int:
+    """The integer within int64 of the same two words, which are all that `row_keys` reads."""
+    return (_signed(seed >> 32) << 32) + (seed & WORD)
+
+
+def _signed(word: Whole) -> Whole:
+    return (word & WORD ^ OUTCOMES) - OUTCOMES

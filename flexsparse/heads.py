@@ -81,7 +81,13 @@ def per_head(masks: Sequence[Mask]) -> PerHead:
     Args:
         masks: one mask for each *query* head (with GQA there are more of these than kv heads).
     """
-    masks = list(masks)
+    try:
+        masks = list(masks)
+    except TypeError:
+        raise MaskError(
+            f"per_head got {type(masks).__name__}; it takes a list of masks. Give one for each "
+            "query head, or compile a mask for all heads as it is."
+        ) from None
     if not masks:
         raise MaskError("per_head got no masks. Give one mask for each query head.")
     for head, mask in enumerate(masks):

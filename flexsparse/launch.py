@@ -242,7 +242,8 @@ class Launch:
         on_cpu = self.device.type == "cpu"
         compact = not on_cpu or grid.planes * grid.rows * grid.columns > LARGE_GRID
         kept = write_kept_blocks(classes, self.device, compact=compact, q_lists=not on_cpu)
-        if not on_cpu:
+        # they are read off the lists, and on meta there are no numbers to read
+        if not on_cpu and self.device.type != "meta":
             self._hints[heads] = kernel_options(self.mask, classes, kept)
         return block_mask(grid, kept, lowered.at(grid.q_offset), widen=on_cpu)
 

@@ -60,6 +60,16 @@ class Table:
         )
 
     @property
+    def without_values(self) -> str | None:
+        """That the table is on meta, and the fix; None if it has values."""
+        if not self.tensor.is_meta:
+            return None
+        return (
+            f"The table {self!r} is on meta, where tensors have no values. Make the mask of one "
+            "that has some, and compile it for the device of that table."
+        )
+
+    @property
     def is_copy(self) -> bool:
         """Whether it was computed from other tensors, and so will not follow them."""
         memory = self.tensor.untyped_storage().data_ptr()
@@ -79,7 +89,7 @@ class Table:
 
     def __repr__(self) -> str:
         dtype = str(self.tensor.dtype).removeprefix("torch.")
-        if not self.tensor.dim():
+        if not self.tensor.dim() and not self.tensor.is_meta:
             return f"{dtype}({self.tensor.item()})"
         return f"{dtype}[{', '.join(map(str, self.tensor.shape))}]"
 

@@ -198,6 +198,22 @@ def test_slicing_a_compact_mask_is_slicing_torchs(index):
     same_mask(mine[index], theirs[index])
 
 
+@pytest.mark.parametrize(
+    "index",
+    [0, slice(1, 2), (slice(None), slice(0, 1)), (0, 0, slice(1, 4)), (0, 0, torch.tensor([2, 0]))],
+    ids=str,
+)
+def test_a_slice_is_cropped_as_the_whole_is(index):
+    mask = causal & window(130) & (kv_idx < lookup(torch.tensor([512, 400]), b))
+    part = compile_mask(mask, 512, 512, batch=2).block_mask[index]
+    crop = part._adjust(200, 300)
+    assert crop.seq_lengths == (200, 300)
+    assert torch.equal(crop.to_dense(), part.to_dense()[..., :2, :3])
+    # and each block once
+    assert torch.equal(crop.kv_num_blocks + crop.full_kv_num_blocks, crop.to_dense().sum(-1))
+    same_mask(part.to("cpu"), part)
+
+
 def test_a_compact_mask_moves_and_flattens():
     mask = compile_mask(causal & window(200), 1000, 1000).block_mask
     same_mask(mask.to("cpu"), mask)

@@ -354,6 +354,13 @@ def _messages(argument):
     return argument[:30] if isinstance(argument, str) else ""
 
 
+ON_META = torch.zeros(8, dtype=torch.int64, device="meta")
+
+
+def of_table(table):
+    return lookup(table, *[q_idx] * table.dim()) < kv_idx
+
+
 COMPILE_MISTAKES = [
     (lambda: compile_mask(causal, 8, 8, n_heads="4"), "n_heads='4'"),
     (lambda: compile_mask(causal, 8, 8, n_heads=-1), "n_heads=-1"),
@@ -411,6 +418,23 @@ COMPILE_MISTAKES = [
         "may leave int64 at these lengths",
     ),
     (lambda: compile_mask(fs.bit_or(q_idx * 2**60, 1) > 0, 512, 512), "may leave int64"),
+    *[
+        (lambda door=door, table=table: door(table), r"The table int64\[8?\] is on meta, where")
+        for table in (ON_META, ON_META[0])
+        for door in (
+            lambda table: compile_mask(of_table(table), 8, 8),
+            lambda table: compile_mask(of_table(table), 8, 8, device="cpu"),
+            lambda table: fs.check(of_table(table), 8, 8),
+            lambda table: fs.diff(of_table(table), causal, 8, 8),
+            lambda table: from_mask_mod(lambda b, h, q, kv: table.expand(8)[q] < kv),
+        )
+    ],
+    (
+        lambda: compile_mask(of_table(torch.arange(8)), 8, 8, device="meta"),
+        "is on cpu and the mask is compiled for meta. Compile with device='cpu'",
+    ),
+    (lambda: compile_mask(causal, 8, 8).cost(dtype="fp16"), "dtype='fp16'; it must be a torch.dt"),
+    (lambda: compile_mask(causal, 8, 8).cost(head_dim=-1), "head_dim=-1; it must be an int of 1"),
 ]
 
 

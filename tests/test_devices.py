@@ -161,6 +161,15 @@ def test_questions_about_a_mask_with_tables_on_cuda(cuda):
     assert "<" in mask._repr_html_()
 
 
+def test_a_table_on_another_device_is_refused_with_both_fixes(cuda):
+    _, _, ids = cuda
+    text = (
+        r"is on cuda:0 and .* for cpu\. Compile mask\.to\('cpu'\), or compile with device='cuda:0'"
+    )
+    with pytest.raises(fs.MaskError, match=text):
+        fs.compile_mask(causal & same_document(ids), N, N, device="cpu")
+
+
 def test_create_block_mask(cuda):
     _, _, ids = cuda
     mine = fs.create_block_mask(
@@ -343,3 +352,23 @@ def test_a_default_device_without_numbers():
         assert fs.check(causal & window(9), N, N)
         out = attend(q, k, v, executor="blockwise")
     torch.testing.assert_close(out, expected)
+
+
+def test_a_plan_for_a_device_without_numbers():
+    """It has the shapes, the costs and the plan of any other."""
+    masks = fs.per_head([causal, causal & window(9), causal & (sink(4) | window(70))])
+    true = on_cpu(lambda ids: masks)
+    with torch.device("meta"):
+        by_default = fs.compile_mask(masks, N, N)
+    for mine in (by_default, fs.compile_mask(masks, N, N, device="meta")):
+        assert mine.device.type == "meta"
+        assert mine.cost() == true.cost()
+        assert mine.row(N - 1).cost() == true.row(N - 1).cost()
+        for attribute in LISTS:
+            lists = getattr(mine.block_mask, attribute)
+            assert lists.is_meta
+            assert lists.shape == getattr(true.block_mask, attribute).shape
+        q, k, v = (torch.randn(1, 3, N, 32, device="meta") for _ in range(3))
+        assert mine(q, k, v, executor="reference").shape == (1, 3, N, 32)
+        with pytest.raises(fs.ExecutorError, match=r"q has no data \(device meta\)"):
+            mine(q, k, v)

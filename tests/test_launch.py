@@ -240,6 +240,14 @@ def test_dropout_through_flex_takes_two_passes(monkeypatch):
     torch.testing.assert_close(lse, expected_lse)
 
 
+@pytest.mark.parametrize("seed", [2**63, 2**64 - 1, 2**64 + 5, -7])
+def test_a_seed_of_any_64_bits_drops_the_same_weights_through_flex(seed):
+    dropout = Dropout.of(0.5, seed)
+    index = torch.meshgrid(*map(torch.arange, (2, 2, 20, 30)), indexing="ij")
+    scores = dropout.dropping(None, CPU)(torch.zeros(()), *index)
+    assert scores.isfinite().equal(dropout.kept(*index))
+
+
 def test_bad_dropout_is_refused():
     attend = compile_mask(causal, 8, 8)
     q, k, v = inputs(1, 1, 8)

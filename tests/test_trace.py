@@ -189,6 +189,10 @@ BAD = [
     (lambda b, h, q, k: TABLE.add_(q) > k, r"writes to a captured tensor in place \(aten\.add_\)"),
     (lambda b, h, q, k: q // 0 > k, r"divides by the constant 0"),
     (lambda b, h, q, k: TABLE[9] > k, r"IndexError at .*out of bounds"),
+    (
+        lambda b, h, q, k: torch.ones(700, dtype=torch.int64, device="meta")[q] > k,
+        r"cannot be traced at .*test_trace\.py:\d+ .*is on meta, where tensors have no values",
+    ),
     (lambda b, h, q, k: q.no_such_thing, r"AttributeError at .*no attribute 'no_such_thing'"),
 ]
 

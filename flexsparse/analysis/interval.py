@@ -18,6 +18,7 @@ from torch import Tensor
 
 from flexsparse.analysis import bits
 from flexsparse.analysis.pyramid import Pyramid
+from flexsparse.errors import MaskError
 from flexsparse.tensors import Number, Opaque, Table
 
 Bound = Any  # Tensor | int; torch's stubs do not type arithmetic between the two
@@ -253,7 +254,13 @@ def _lookup(pyramid: Pyramid, *indices: Interval | None) -> Interval | Truth | N
 
 
 def table_bounds(table: Table) -> Interval | Truth:
-    """The least and the greatest entry of a table."""
+    """The least and the greatest entry of a table.
+
+    Raises:
+        MaskError: it is on meta.
+    """
+    if table.without_values:
+        raise MaskError(table.without_values)
     low, high = (x.cpu() for x in table.tensor.detach().aminmax())
     if low.is_floating_point():
         return settled(Interval(low, high))

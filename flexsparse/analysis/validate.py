@@ -24,11 +24,15 @@ def problem(mask: Mask, grid: Grid, device: torch.device | None) -> str | None:
     (b, h, q_idx, kv_idx) of the grid does it.
     """
     for table in mask.tables:
+        if table.without_values:
+            return table.without_values
         if table.tensor.device != device:
+            # on meta the table would lose its values
+            move = "" if str(device) == "meta" else f"Compile mask.to({str(device)!r}), or "
+            fix = f"{move}compile with device={str(table.tensor.device)!r}."
             return (
                 f"The table {table!r} is on {table.tensor.device} and the mask is compiled for "
-                f"{device}. Compile mask.to({str(device)!r}), or compile with "
-                f"device={str(table.tensor.device)!r}."
+                f"{device}. {fix[0].upper()}{fix[1:]}"
             )
         if table.stale:
             return table.stale

@@ -73,6 +73,8 @@ def unsupported(
         for name, size in (("q and k", q.shape[-1]), ("v", v.shape[-1])):
             if size < 16:
                 return f"flex_attention on CUDA needs a head_dim of 16; that of {name} is {size}"
+    elif q.is_meta:
+        return "q has no data (device meta)"
     if not (q.numel() and k.numel() and v.numel()):
         return "an input is empty"
     return None

@@ -93,7 +93,7 @@ def _not_a_mask_mod(fn: Any, name: str) -> str | None:
 
 def _where_in(error: BaseException) -> str:
     """The line of the user's that an error came from, as ' at file:line (source)'."""
-    own = __file__.rpartition("/")[0]
+    own = __file__.rpartition("/tracing/")[0] + "/"
     torch_files = torch.__file__.rpartition("/")[0]
     frames = [
         frame
