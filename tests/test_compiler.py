@@ -604,8 +604,10 @@ def test_a_second_derivative_is_refused_and_never_0():
     attend, (q, k, v) = compile_mask(STREAMING, 64, 64), inputs(64, 64)
     out = attend(q.requires_grad_(), k, v)
     (gradient,) = torch.autograd.grad(out.sum(), q, create_graph=True)
-    with pytest.raises(ExecutorError, match=r"no second derivative\. executor=\"reference\" has"):
+    with pytest.raises(ExecutorError, match=r"no second derivatives\. executor=\"reference\" does"):
         (out.mean() + gradient.square().sum()).backward()
+    with pytest.raises(ExecutorError, match=r"jacrev.*executor=\"reference\" does"):
+        torch.func.jacrev(lambda q: attend(q, k, v).sum((1, 2, 3)))(q.detach())
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,8 @@ NO_GRAPH = (
     "flexsparse's blockwise executor, which on CPU has the gradients, dropout and the LSE, loops "
     "over its block lists and runs between graphs: drop fullgraph=True"
 )
+HAS_GRADIENTS = "The blockwise executor, which on CPU has the gradients,"
+DENSE_DOES = 'executor="reference" does, and computes every pair of query and key.'
 
 
 def run(
@@ -313,9 +315,13 @@ class _Gradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor | None) -> Any:
+        raise ExecutorError(f"{HAS_GRADIENTS} computes no second derivatives. {DENSE_DOES}")
+
+    @staticmethod
+    def vmap(*_: Any) -> Any:
         raise ExecutorError(
-            "The blockwise executor, which on CPU has the gradients, has no second derivative. "
-            'executor="reference" has, and computes every pair of query and key.'
+            f"{HAS_GRADIENTS} takes one gradient of its output at a time, and not a batch of them "
+            f"as jacrev and is_grads_batched give. {DENSE_DOES}"
         )
 
 
