@@ -77,13 +77,10 @@ def _launch(
     is_square = grid.q_len == grid.kv_len and grid.q_offset == 0
     sequences = sequences_of(mask, grid.kv_len) if is_square else None
     band = flash.band(mask, grid, sequences)
-    tokens: PackedTokens | None
-    if packing is not None:
-        inside, tokens = packing
-        numbers = sink_and_window(inside)
-    else:
-        tokens = None if sequences is None else _tokens(sequences, device)
-        numbers = sink_and_window(mask, sequences)
+    inside, tokens = packing or (None, None)
+    numbers = sink_and_window(mask, sequences) if inside is None else sink_and_window(inside)
+    if tokens is None and sequences is not None and numbers is not None:
+        tokens = _tokens(sequences, device)
     streams = None if numbers is None else (_in_reach(*numbers, grid, tokens),)
     return Launch(heads, mask, grid, device, lambda: classes, streams, band, tokens)
 
