@@ -37,13 +37,20 @@ atoms = st.one_of(
     st.tuples(numbers, st.sampled_from([-2, 1, 3])).map(lambda x: (kv_idx - q_idx) * x[1] < x[0]),
     st.sampled_from([everything, nothing]),
 )
+
+
+def combined(masks):
+    """What `&`, `|` and `~` make of masks."""
+    return st.one_of(
+        st.tuples(masks, masks).map(lambda x: x[0] & x[1]),
+        st.tuples(masks, masks).map(lambda x: x[0] | x[1]),
+        masks.map(lambda x: ~x),
+    )
+
+
 unions = st.recursive(
     atoms,
-    lambda inner: st.one_of(
-        st.tuples(inner, inner).map(lambda x: x[0] & x[1]),
-        st.tuples(inner, inner).map(lambda x: x[0] | x[1]),
-        inner.map(lambda x: ~x),
-    ),
+    combined,
     max_leaves=6,
 )
 
@@ -159,11 +166,7 @@ in_documents = st.recursive(
         numbers.map(lambda n: kv_idx < n),
         numbers.map(lambda n: q_idx - KV < n),
     ),
-    lambda inner: st.one_of(
-        st.tuples(inner, inner).map(lambda x: x[0] & x[1]),
-        st.tuples(inner, inner).map(lambda x: x[0] | x[1]),
-        inner.map(lambda x: ~x),
-    ),
+    combined,
     max_leaves=5,
 )
 
