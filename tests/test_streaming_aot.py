@@ -34,9 +34,9 @@ SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 # of a multiprocessor; of the former each program takes a KB for itself
 MULTIPROCESSOR_MEMORY = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
 MULTIPROCESSOR_REGISTERS = 65536
-# bytes a thread may spill: none, but that dk and dv of grouped heads at head_dim 128 on sm_90 keep
-# four values in memory with triton 3.9
-SPILLS = {} if triton.__version__ < "3.8" else {("streaming_dkdv_kernel", 90, 128): 16}
+# bytes a thread may spill: none, but that the forward kernel of packed heads at head_dim 128 on
+# sm_100 keeps two values in memory with triton 3.9, to have registers for twice the programs
+SPILLS = {} if triton.__version__ < "3.8" else {("streaming_fwd_kernel", 100, 128): 8}
 MIN_WARPS = 8  # of a multiprocessor, two for each of its schedulers to switch between
 POINTERS = {
     torch.float16: "*fp16",

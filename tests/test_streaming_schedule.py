@@ -14,7 +14,7 @@ triton = pytest.importorskip("triton", reason="the streaming kernels are written
 if RUNS_HERE:
     import triton.language as tl
 
-    from flexsparse.executors.streaming_schedule import find_sequence, halve, needs_mask, schedule
+    from flexsparse.executors.streaming_schedule import cuts, find_sequence, halve, schedule
 
     @triton.jit
     def schedule_kernel(
@@ -43,13 +43,15 @@ if RUNS_HERE:
         tl.store(out + 2 * slot + 1, number)
 
     @triton.jit
-    def needs_mask_kernel(
+    def cuts_kernel(
         out, start, p_lo, sink, window, limit, ROWS: tl.constexpr, KV: tl.constexpr, N: tl.constexpr
     ):
         i = tl.arange(0, N)
         start, p_lo = tl.load(start + i), tl.load(p_lo + i)
         s, w, limit = tl.load(sink + i), tl.load(window + i), tl.load(limit + i)
-        tl.store(out + i, needs_mask(start, start + KV, limit, p_lo, p_lo + ROWS - 1, s, w))
+        at_end, at_start = cuts(start, start + KV, limit, p_lo, p_lo + ROWS - 1, s, w)
+        tl.store(out + i, at_end)
+        tl.store(out + N + i, at_start)
 
 
 def model():
@@ -82,24 +84,25 @@ def test_every_tile_of_packed_sequences_has_one_slot(n_seqs, most, first):
 
 
 @here
-def test_a_tile_is_masked_only_if_one_of_its_rows_hides_one_of_its_keys():
+def test_a_tile_is_cut_only_where_one_of_its_rows_hides_one_of_its_keys():
     n, rows, kv = 512, 16, 16
     start, p_lo, limit, sink, window = (
         torch.randint(high, (n,), dtype=torch.int32) for high in (60, 80, 100, 90, 90)
     )
-    out = numbers([-1] * n)
+    out = numbers([-1] * 2 * n)
     on_device = (x.to(DEVICE) for x in (start, p_lo, sink, window, limit))
-    needs_mask_kernel[(1,)](out, *on_device, ROWS=rows, KV=kv, N=n)
+    cuts_kernel[(1,)](out, *on_device, ROWS=rows, KV=kv, N=n)
     key = start[:, None, None] + torch.arange(kv)
     p = (p_lo[:, None] + torch.arange(rows))[..., None]
     s, w, end = (x[:, None, None] for x in (sink, window, limit))
-    hidden = ~((key <= p) & ((key < s) | (p - key < w)) & (key < end)).flatten(1).all(1)
-    masked = out.cpu().bool()
-    assert masked[hidden].all()
-    # a tile that straddles the end of the sink is masked even where the window covers the rest
+    at_end, at_start = out.cpu().bool().view(2, n)
+    assert torch.equal(at_end, ((key > p) | (key >= end)).flatten(1).any(1))
+    left = ((key >= s) & (p - key >= w)).flatten(1).any(1)
+    assert at_start[left].all()
+    # a tile that straddles the end of the sink is cut even where the window covers the rest
     straddles = (start < sink) & (sink < start + kv)
-    assert not masked[~hidden & ~straddles].any()
-    assert (~hidden & ~straddles).sum() > 20
+    assert not at_start[~left & ~straddles].any()
+    assert (~left & ~straddles).sum() > 20
 
 
 def test_the_tile_plan_meets_its_targets():

@@ -11,19 +11,19 @@ import triton.language as tl
 
 from flexsparse.executors.streaming_schedule import (
     FAR,
+    cuts,
     extent,
     find_sequence,
     first_slot,
     head_range,
     keep_keys,
     locate_rows,
-    needs_mask,
 )
 from flexsparse.executors.streaming_walk import (
     LOG2E,
     cap_scores,
+    dense_row,
     dot,
-    load_half,
     load_rows,
     row_offsets,
     rows_exist,
@@ -51,15 +51,14 @@ def score_gradient(probs, tanh, dprobs, delta, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def dq_tile(
-    dq, rows, mask, k, v, start, limit, masked, qk_scale, cap,
+    dq, rows, mask, k, v, start, limit, cut, qk_scale, cap,
     BLOCK_KV: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """The rows' dq, with the keys of a tile added (still without the softmax scale)."""
     q, dout, lse, delta = rows
     qk = dot(q, tl.trans(k))  # [ROWS, BLOCK_KV]
     probs, tanh = weights(qk, lse[:, None], qk_scale, cap, SOFTCAP)
-    if masked:
-        probs = tl.where(keep_keys(mask, start, limit, BLOCK_KV), probs, 0.0)
+    probs = keep_keys(probs, 0.0, mask, cut, start, limit, BLOCK_KV)
     dscores = score_gradient(probs, tanh, dot(dout, tl.trans(v)), delta[:, None], SOFTCAP)
     return dot(dscores.to(k.dtype), k, dq)
 
@@ -71,15 +70,15 @@ def load_dq_rows(
     BLOCK_Q: tl.constexpr, PACK: tl.constexpr,
 ):  # fmt: skip
     """What a half's rows come with: q, dout, out, lse and dlse."""
-    exist = rows_exist(half, n_left, BLOCK_Q, PACK)
-    at = row_offsets(half, n_rows, 1, BLOCK_Q, PACK)
-    q = load_half(q_ptr, half, n_left, stride_qh, stride_qn, HEAD_DIM, BLOCK_D, BLOCK_Q, PACK)
-    dout = load_rows(dout_ptr, at * V_DIM, exist, V_DIM, BLOCK_DV)  # [ROWS, V_DIM]
-    out = load_rows(out_ptr, at * V_DIM, exist, V_DIM, BLOCK_DV)
-    lse = tl.load(lse_ptr + at, mask=exist, other=float("-inf"))
+    at_q = row_offsets(half, n_left - 1, stride_qh, stride_qn, BLOCK_Q, PACK)
+    at = row_offsets(half, n_left - 1, n_rows, 1, BLOCK_Q, PACK)
+    q = load_rows(q_ptr, at_q, HEAD_DIM, BLOCK_D)  # [ROWS, HEAD_DIM]
+    dout = load_rows(dout_ptr, at * V_DIM, V_DIM, BLOCK_DV)  # [ROWS, V_DIM]
+    out = load_rows(out_ptr, at * V_DIM, V_DIM, BLOCK_DV)
+    lse = tl.load(lse_ptr + at)
     dlse = 0.0
     if dlse_ptr is not None:
-        dlse = tl.load(dlse_ptr + at, mask=exist, other=0.0)
+        dlse = tl.load(dlse_ptr + at)
     return q, dout, out, lse, dlse
 
 
@@ -92,7 +91,7 @@ def dq_rows(loaded, stats_ptr, half, n_left, n_rows, BLOCK_Q: tl.constexpr, PACK
     # in base 2, and inf in empty rows, so that every weight there is 0
     lse = tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
     exist = rows_exist(half, n_left, BLOCK_Q, PACK)
-    at = 2 * row_offsets(half, n_rows, 1, BLOCK_Q, PACK)
+    at = 2 * row_offsets(half, None, n_rows, 1, BLOCK_Q, PACK)
     tl.store(stats_ptr + at, lse, mask=exist)
     tl.store(stats_ptr + (at + 1), delta, mask=exist)
     return q, dout, lse, delta
@@ -123,10 +122,13 @@ def streaming_dq_kernel(
     n_left = q_len - row0
     if n_left <= 0:
         return
-    q_ptr, k_ptr, v_ptr, dense = starts(
-        q_ptr, k_ptr, v_ptr, batch, head0, q_start + row0, n_heads, group_size, n_rows,
+    q_ptr, k_ptr, v_ptr = starts(
+        q_ptr, k_ptr, v_ptr, batch, head0, q_start + row0, group_size,
         stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_vb, stride_vh,
     )  # fmt: skip
+    k_ptr += kv_start.to(tl.int64) * stride_kn
+    v_ptr += kv_start.to(tl.int64) * stride_vn
+    dense = dense_row(batch, head0, q_start + row0, n_heads, n_rows)
     out_ptr += dense * V_DIM
     dout_ptr += dense * V_DIM
     lse_ptr += dense
@@ -149,7 +151,7 @@ def streaming_dq_kernel(
         half_rows = dq_rows(loaded[half], stats_ptr, half, n_left, n_rows, BLOCK_Q, PACK)
         rows += (half_rows,)
         states += (tl.zeros([PACK * BLOCK_Q, BLOCK_D], tl.float32),)
-    keys = (k_ptr, v_ptr, kv_start)
+    keys = (k_ptr, v_ptr)
     LAYOUT: tl.constexpr = (stride_kn, stride_vn, HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV)
     states = walk_keys(
         dq_tile, states, rows, row0, q_len, offset, sink, window, ranges, head0, kv_len, keys,
@@ -157,7 +159,7 @@ def streaming_dq_kernel(
     )  # fmt: skip
     for half in tl.static_range(HALVES):
         store_rows(
-            dq_ptr, row_offsets(half, n_rows, 1, BLOCK_Q, PACK) * HEAD_DIM,
+            dq_ptr, row_offsets(half, None, n_rows, 1, BLOCK_Q, PACK) * HEAD_DIM,
             rows_exist(half, n_left, BLOCK_Q, PACK), states[half] * scale, HEAD_DIM, BLOCK_D,
         )  # fmt: skip
 
@@ -233,15 +235,15 @@ def streaming_dkdv_kernel(
     i_kv = tl.arange(0, BLOCK_KV)
     kv = kv0 + i_kv  # [BLOCK_KV]
     valid = i_kv < kv_len - kv0
-    i_kv = i_kv.to(tl.int64)
+    i_kv = tl.minimum(i_kv, kv_len - kv0 - 1).to(tl.int64)
     at = (kv_start + kv0).to(tl.int64)
     batch64 = batch.to(tl.int64)
     kv_head64 = kv_head.to(tl.int64)
     q_ptr += batch64 * stride_qb
     k_ptr += batch64 * stride_kb + kv_head64 * stride_kh + at * stride_kn
     v_ptr += batch64 * stride_vb + kv_head64 * stride_vh + at * stride_vn
-    k = load_rows(k_ptr, i_kv * stride_kn, valid, HEAD_DIM, BLOCK_D)  # [BLOCK_KV, HEAD_DIM]
-    v = load_rows(v_ptr, i_kv * stride_vn, valid, V_DIM, BLOCK_DV)  # [BLOCK_KV, V_DIM]
+    k = load_rows(k_ptr, i_kv * stride_kn, HEAD_DIM, BLOCK_D)  # [BLOCK_KV, HEAD_DIM]
+    v = load_rows(v_ptr, i_kv * stride_vn, V_DIM, BLOCK_DV)  # [BLOCK_KV, V_DIM]
     dk = tl.zeros([BLOCK_KV, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_KV, BLOCK_DV], tl.float32)
     at += (batch64 * n_kv_heads + kv_head) * n_keys
@@ -252,30 +254,29 @@ def streaming_dkdv_kernel(
     head = head0
     row0 = row_lo
     for _ in tl.range(0, per_head * group_size, disable_licm=True):
-        seen = step < row_hi - row0
         s = tl.load(sink + head)
         w = tl.load(window + head)
         head64 = head.to(tl.int64)
-        at_q = (row0 + step).to(tl.int64)
+        # rows past the end are the last one again, and masked
+        at_q = tl.minimum(row0 + step, row_hi - 1).to(tl.int64)
         dense = (batch64 * n_heads + head64) * n_rows
         q = load_rows(
-            q_ptr + head64 * stride_qh, at_q * stride_qn, seen, HEAD_DIM, BLOCK_D
+            q_ptr + head64 * stride_qh, at_q * stride_qn, HEAD_DIM, BLOCK_D
         )  # [BLOCK_Q, HEAD_DIM]
         p_lo = row0 + offset
-        masked = needs_mask(kv0, kv0 + BLOCK_KV, FAR, p_lo, p_lo + BLOCK_Q - 1, s, w)
+        at_end, at_start = cuts(kv0, kv0 + BLOCK_KV, FAR, p_lo, p_lo + BLOCK_Q - 1, s, w)
         kq = dot(k, tl.trans(q))  # [BLOCK_KV, BLOCK_Q]
-        # one load: of a tensor with fewer elements than threads, each would load all that it needs;
-        # rows past the end are 0 in q, dout and here: their weights are 1, and add nothing
+        # one load: of a tensor with fewer elements than threads, each would load all that it needs
         at_stats = tl.arange(0, 2)[:, None] + 2 * (dense + at_q)[None, :]
-        stats = tl.load(stats_ptr + at_stats, mask=seen[None, :], other=0.0)  # [2, BLOCK_Q]
-        lse, delta = tl.split(tl.trans(stats))
+        lse, delta = tl.split(tl.trans(tl.load(stats_ptr + at_stats)))
         probs, tanh = weights(kq, lse[None, :], qk_scale, cap, SOFTCAP)
-        if masked:
-            first = kv - p_lo  # the first row that sees a key, and the last of its window, relative
+        if at_end | at_start | (row0 + BLOCK_Q > row_hi):
+            first = kv - p_lo  # the first row that sees a key, and the last, relative
             last = tl.where(kv < s, FAR, first + tl.minimum(w, FAR) - 1)
+            last = tl.minimum(last, row_hi - row0 - 1)
             kept = (step[None, :] >= first[:, None]) & (step[None, :] <= last[:, None])
             probs = tl.where(kept, probs, 0.0)
-        dout = load_rows(dout_ptr + dense * V_DIM, at_q * V_DIM, seen, V_DIM, BLOCK_DV)
+        dout = load_rows(dout_ptr + dense * V_DIM, at_q * V_DIM, V_DIM, BLOCK_DV)
         dv = dot(probs.to(dout.dtype), dout, dv)
         dscores = score_gradient(probs, tanh, dot(v, tl.trans(dout)), delta[None, :], SOFTCAP)
         dk = dot(dscores.to(q.dtype), q, dk)
@@ -326,13 +327,13 @@ def streaming_sum_kernel(
     n_parts = (q_len + chunk - 1) // chunk
     i_kv = tl.arange(0, BLOCK_SUM)
     valid = i_kv < kv_len - kv0
-    i_kv = i_kv.to(tl.int64)
+    i_kv = tl.minimum(i_kv, kv_len - kv0 - 1).to(tl.int64)
     dk = tl.zeros([BLOCK_SUM, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_SUM, BLOCK_DV], tl.float32)
     # one loop for both: its time is that of waiting for loads
     for _ in range(n_parts):
-        dk += load_rows(dk_part + part * HEAD_DIM, i_kv * HEAD_DIM, valid, HEAD_DIM, BLOCK_D)
-        dv += load_rows(dv_part + part * V_DIM, i_kv * V_DIM, valid, V_DIM, BLOCK_DV)
+        dk += load_rows(dk_part + part * HEAD_DIM, i_kv * HEAD_DIM, HEAD_DIM, BLOCK_D)
+        dv += load_rows(dv_part + part * V_DIM, i_kv * V_DIM, V_DIM, BLOCK_DV)
         part += part_size
     at = (batch.to(tl.int64) * n_kv_heads + kv_head) * n_keys + kv_start + kv0
     store_rows(dk_ptr + at * HEAD_DIM, i_kv * HEAD_DIM, valid, dk * scale, HEAD_DIM, BLOCK_D)

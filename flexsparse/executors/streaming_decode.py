@@ -20,7 +20,7 @@ from torch import Tensor
 
 from flexsparse.executors.eager import is_watched
 from flexsparse.executors.streaming_forward import LOWEST, forward_tile, no_keys_yet, out_and_lse
-from flexsparse.executors.streaming_schedule import FAR, key_tile, needs_mask, schedule
+from flexsparse.executors.streaming_schedule import FAR, cuts, key_tile, schedule
 from flexsparse.executors.streaming_tiles import (
     cdiv,
     dims,
@@ -65,9 +65,9 @@ def streaming_decode_kernel(
         offset = tl.load(q_offset + batch)
     r0 = tl.program_id(0) % n_row_tiles * BLOCK_ROWS
     r = r0 + tl.arange(0, BLOCK_ROWS)
-    row = r // group_size  # [BLOCK_ROWS]
+    valid = r // group_size < q_len
+    row = tl.minimum(r // group_size, q_len - 1)  # [BLOCK_ROWS]
     head = kv_head * group_size + r % group_size
-    valid = row < q_len
     p = row + offset
     s = tl.load(sink + head)
     w = tl.minimum(tl.load(window + head), FAR)
@@ -83,27 +83,27 @@ def streaming_decode_kernel(
     k_ptr += kv_head.to(tl.int64) * stride_kh
     v_ptr += kv_head.to(tl.int64) * stride_vh
     q_offsets = batch64 * stride_qb + head.to(tl.int64) * stride_qh + row.to(tl.int64) * stride_qn
-    q = load_rows(q_ptr, q_offsets, valid, HEAD_DIM, BLOCK_D)  # [BLOCK_ROWS, HEAD_DIM]
+    q = load_rows(q_ptr, q_offsets, HEAD_DIM, BLOCK_D)  # [BLOCK_ROWS, HEAD_DIM]
     state = no_keys_yet(BLOCK_ROWS, BLOCK_DV)
     per_split = (n_tiles + n_splits - 1) // n_splits
     last = tl.minimum((split + 1) * per_split, n_tiles)
     for i in range(split * per_split, last):
         start, limit = key_tile(i, n_sink, win_lo, sink_hi, kv_hi, BLOCK_KV)
-        kv = start + tl.arange(0, BLOCK_KV)  # [BLOCK_KV]
+        kv = tl.minimum(start + tl.arange(0, BLOCK_KV), limit - 1)  # [BLOCK_KV]
         if PAGE_SIZE > 0:
             entry = batch64 * n_pages + kv // PAGE_SIZE
-            page = tl.load(page_table + entry, mask=kv < limit, other=0).to(tl.int64)
+            page = tl.load(page_table + entry).to(tl.int64)
             slot = (kv % PAGE_SIZE).to(tl.int64)
             k_offset = page * stride_kb + slot * stride_kn
             v_offset = page * stride_vb + slot * stride_vn
         else:
             k_offset = batch64 * stride_kb + kv.to(tl.int64) * stride_kn
             v_offset = batch64 * stride_vb + kv.to(tl.int64) * stride_vn
-        k = load_rows(k_ptr, k_offset, kv < limit, HEAD_DIM, BLOCK_D)  # [BLOCK_KV, HEAD_DIM]
-        v = load_rows(v_ptr, v_offset, kv < limit, V_DIM, BLOCK_DV)  # [BLOCK_KV, V_DIM]
-        masked = needs_mask(start, start + BLOCK_KV, limit, p_lo, p_hi, s_min, w_min)
+        k = load_rows(k_ptr, k_offset, HEAD_DIM, BLOCK_D)  # [BLOCK_KV, HEAD_DIM]
+        v = load_rows(v_ptr, v_offset, V_DIM, BLOCK_DV)  # [BLOCK_KV, V_DIM]
+        cut = cuts(start, start + BLOCK_KV, limit, p_lo, p_hi, s_min, w_min)
         state = forward_tile(
-            state, q, (p, s, w), k, v, start, limit, masked, qk_scale, cap, BLOCK_KV, SOFTCAP
+            state, q, (p, s, w), k, v, start, limit, cut, qk_scale, cap, BLOCK_KV, SOFTCAP
         )
 
     out, lse = out_and_lse(state)
@@ -121,13 +121,12 @@ def streaming_merge_kernel(
     """One row's parts weighted by exp(lse): parts without a key have lse -inf and weigh nothing."""
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, MAX_SPLITS)
-    valid = i < n_splits
-    at = i.to(tl.int64) * n_rows + row  # [MAX_SPLITS]
-    part_lse = tl.load(part_lse_ptr + at, mask=valid, other=float("-inf"))
+    at = tl.minimum(i, n_splits - 1).to(tl.int64) * n_rows + row  # [MAX_SPLITS]
+    part_lse = tl.load(part_lse_ptr + at, mask=i < n_splits, other=float("-inf"))
     top = tl.maximum(tl.max(part_lse), LOWEST)
     weight = tl.exp(part_lse - top)  # [MAX_SPLITS]
     total = tl.sum(weight)
-    parts = load_rows(part_ptr, at * V_DIM, valid, V_DIM, BLOCK_DV)  # [MAX_SPLITS, V_DIM]
+    parts = load_rows(part_ptr, at * V_DIM, V_DIM, BLOCK_DV)  # [MAX_SPLITS, V_DIM]
     out = tl.sum(parts * weight[:, None], 0) / tl.where(total == 0.0, 1.0, total)
     d = tl.arange(0, BLOCK_DV)
     tl.store(out_ptr + row * V_DIM + d, out.to(out_ptr.dtype.element_ty), mask=d < V_DIM)

@@ -12,8 +12,9 @@ import triton.language as tl
 from flexsparse.executors.streaming_schedule import head_range, keep_keys, locate_rows
 from flexsparse.executors.streaming_walk import (
     cap_scores,
+    dense_row,
     dot,
-    load_half,
+    load_rows,
     row_offsets,
     rows_exist,
     starts,
@@ -28,7 +29,7 @@ LOWEST = tl.constexpr(-1.0e30)
 
 @triton.jit
 def forward_tile(
-    state, q, mask, k, v, start, limit, masked, qk_scale, cap,
+    state, q, mask, k, v, start, limit, cut, qk_scale, cap,
     BLOCK_KV: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax over the keys of a tile; qk_scale is positive."""
@@ -37,8 +38,7 @@ def forward_tile(
     if SOFTCAP:
         scores, _ = cap_scores(scores, qk_scale, cap, SOFTCAP)
         qk_scale = 1.0
-    if masked:
-        scores = tl.where(keep_keys(mask, start, limit, BLOCK_KV), scores, float("-inf"))
+    scores = keep_keys(scores, float("-inf"), mask, cut, start, limit, BLOCK_KV)
     m_new = tl.maximum(m, tl.max(scores, 1) * qk_scale)
     # scaled only here, where it is a part of the subtraction
     probs = tl.exp2(scores * qk_scale - m_new[:, None])
@@ -66,13 +66,13 @@ def out_and_lse(state):
 
 @triton.jit
 def store_out(
-    state, out_ptr, lse_ptr, half, n_left, n_rows,
+    state, out_ptr, lse_ptr, dense, half, n_left, n_rows,
     V_DIM: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_Q: tl.constexpr, PACK: tl.constexpr,
 ):  # fmt: skip
-    """Write out and lse of a half's rows; both are contiguous."""
+    """Write out and lse of a half's rows; both are contiguous, `dense` is their first row."""
     out, lse = out_and_lse(state)
     exist = rows_exist(half, n_left, BLOCK_Q, PACK)
-    at = row_offsets(half, n_rows, 1, BLOCK_Q, PACK)
+    at = dense + row_offsets(half, None, n_rows, 1, BLOCK_Q, PACK)
     store_rows(out_ptr, at * V_DIM, exist, out, V_DIM, BLOCK_DV)
     tl.store(lse_ptr + at, lse, mask=exist)
 
@@ -99,27 +99,30 @@ def streaming_fwd_kernel(
     n_left = q_len - row0
     if n_left <= 0:
         return
-    q_ptr, k_ptr, v_ptr, dense = starts(
-        q_ptr, k_ptr, v_ptr, batch, head0, q_start + row0, n_heads, group_size, n_rows,
+    q_ptr, k_ptr, v_ptr = starts(
+        q_ptr, k_ptr, v_ptr, batch, head0, q_start + row0, group_size,
         stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_vb, stride_vh,
     )  # fmt: skip
-    out_ptr += dense * V_DIM
-    lse_ptr += dense
+    k_ptr += kv_start.to(tl.int64) * stride_kn
+    v_ptr += kv_start.to(tl.int64) * stride_vn
     # first, so that its loads are not waited for after those of the rows
     ranges = head_range(sink, window, head0, kv_len, PACK)
     rows = ()
     states = ()
     for half in tl.static_range(HALVES):
-        q = load_half(q_ptr, half, n_left, stride_qh, stride_qn, HEAD_DIM, BLOCK_D, BLOCK_Q, PACK)
-        rows += (q,)
+        at = row_offsets(half, n_left - 1, stride_qh, stride_qn, BLOCK_Q, PACK)
+        rows += (load_rows(q_ptr, at, HEAD_DIM, BLOCK_D),)
         states += (no_keys_yet(PACK * BLOCK_Q, BLOCK_DV),)
-    keys = (k_ptr, v_ptr, kv_start)
+    keys = (k_ptr, v_ptr)
     LAYOUT: tl.constexpr = (stride_kn, stride_vn, HEAD_DIM, V_DIM, BLOCK_D, BLOCK_DV)
     states = walk_keys(
         forward_tile, states, rows, row0, q_len, offset, sink, window, ranges, head0, kv_len, keys,
         qk_scale, cap, LAYOUT, BLOCK_Q, BLOCK_KV, BLOCK_SINK, PACK, SOFTCAP,
     )  # fmt: skip
+    # not before the walk, which has no registers for it
+    dense = dense_row(batch, head0, q_start + row0, n_heads, n_rows)
     for half in tl.static_range(HALVES):
         store_out(
-            states[half], out_ptr, lse_ptr, half, n_left, n_rows, V_DIM, BLOCK_DV, BLOCK_Q, PACK
-        )
+            states[half], out_ptr, lse_ptr, dense, half, n_left, n_rows,
+            V_DIM, BLOCK_DV, BLOCK_Q, PACK,
+        )  # fmt: skip

@@ -90,7 +90,8 @@ def head_range(sink, window, head0, kv_len, COUNT: tl.constexpr):
         w = tl.load(window + head0 + i)
         s_min, s_max = tl.minimum(s_min, s), tl.maximum(s_max, s)
         w_min, w_max = tl.minimum(w_min, w), tl.maximum(w_max, w)
-    return s_min, tl.minimum(s_max, kv_len), tl.minimum(w_min, FAR), tl.minimum(w_max, FAR)
+    s_min, s_max = tl.minimum(s_min, kv_len), tl.minimum(s_max, kv_len)
+    return s_min, s_max, tl.minimum(w_min, FAR), tl.minimum(w_max, FAR)
 
 
 @triton.jit
@@ -162,18 +163,27 @@ def row_mask(p_lo, sink, window, head0, s_min, w_min, BLOCK_Q: tl.constexpr, PAC
 
 
 @triton.jit
-def needs_mask(start, end, limit, p_lo, p_hi, s_min, w_min):
-    """False where every row of the tile keeps every one of its keys."""
-    full = (end <= limit) & (end - 1 <= p_lo) & ((end <= s_min) | (p_hi - start < w_min))
-    return full == 0
+def cuts(start, end, limit, p_lo, p_hi, s_min, w_min):
+    """Whether some row of a tile comes before one of its keys, and whether some left one behind."""
+    at_end = (end > limit) | (end - 1 > p_lo)
+    at_start = (end > s_min) & (p_hi - start >= w_min)
+    return at_end, at_start
 
 
 @triton.jit
-def keep_keys(mask, start, limit, BLOCK_KV: tl.constexpr):
-    """The mask of a tile of keys [ROWS, BLOCK_KV]; `limit` ends the run that it belongs to."""
+def keep_keys(x, otherwise, mask, cut, start, limit, BLOCK_KV: tl.constexpr):
+    """Write `otherwise` into x [ROWS, BLOCK_KV] where a row does not keep a key of the tile.
+
+    `limit` ends the run that the tile belongs to. Most tiles that are cut are cut on one side.
+    """
     p, s, w = mask
+    at_end, at_start = cut
     # all relative to the tile: columns are constants then, not positions with a register each
     column = tl.arange(0, BLOCK_KV)[None, :]
-    last = (tl.minimum(p, limit - 1) - start)[:, None]
-    before_window = (p - w - start)[:, None]
-    return (column <= last) & ((column < (s - start)[:, None]) | (column > before_window))
+    if at_end:
+        last = (tl.minimum(p, limit - 1) - start)[:, None]
+        x = tl.where(column <= last, x, otherwise)
+    if at_start:
+        before_window = (p - w - start)[:, None]
+        x = tl.where((column < (s - start)[:, None]) | (column > before_window), x, otherwise)
+    return x

@@ -19,9 +19,9 @@ import triton
 import triton.language as tl
 
 from flexsparse.executors.streaming_schedule import (
+    cuts,
     halve,
     key_tile,
-    needs_mask,
     row_mask,
     schedule,
 )
@@ -30,18 +30,23 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def load_rows(ptr, offset, valid, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows of a matrix, 0 where not valid; BLOCK_D is DIM rounded up to a power of two."""
+def load_rows(ptr, offset, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows of a matrix, all of which exist; BLOCK_D is DIM rounded up to a power of two.
+
+    Where a tile has more rows than there are, the caller asks for the last one again: a mask for
+    each row would take more instructions than its address.
+    """
     d = tl.arange(0, BLOCK_D)
-    mask = valid[:, None]
-    if DIM != BLOCK_D:
-        mask = mask & (d < DIM)[None, :]
-    return tl.load(ptr + offset[:, None] + d[None, :], mask=mask, other=0.0)
+    at = (ptr + d)[None, :] + offset[:, None]
+    if DIM == BLOCK_D:
+        return tl.load(at)
+    else:
+        return tl.load(at, mask=(d < DIM)[None, :], other=0.0)
 
 
 @triton.jit
 def store_rows(ptr, offset, valid, rows, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The counterpart of load_rows."""
+    """The counterpart of load_rows, of those rows that are valid."""
     d = tl.arange(0, BLOCK_D)
     mask = valid[:, None]
     if DIM != BLOCK_D:
@@ -68,29 +73,22 @@ def cap_scores(qk, qk_scale, cap, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def starts(
-    q_ptr, k_ptr, v_ptr, batch, head, row, n_heads, group_size, n_rows,
+    q_ptr, k_ptr, v_ptr, batch, head, row, group_size,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_vb, stride_vh,
 ):  # fmt: skip
-    """Pointers to a row of q and to the keys and values of its head, and the row's number.
-
-    The number is its place among the rows of a contiguous [batch, n_heads, n_rows].
-    """
+    """Pointers to a row of q and to the keys and values of its head."""
     kv_head = (head // group_size).to(tl.int64)
     batch = batch.to(tl.int64)
-    head = head.to(tl.int64)
-    row = row.to(tl.int64)
-    q_ptr += batch * stride_qb + head * stride_qh + row * stride_qn
+    q_ptr += batch * stride_qb + head.to(tl.int64) * stride_qh + row.to(tl.int64) * stride_qn
     k_ptr += batch * stride_kb + kv_head * stride_kh
     v_ptr += batch * stride_vb + kv_head * stride_vh
-    return q_ptr, k_ptr, v_ptr, (batch * n_heads + head) * n_rows + row
+    return q_ptr, k_ptr, v_ptr
 
 
 @triton.jit
-def row_offsets(half, stride_h, stride_n, BLOCK_Q: tl.constexpr, PACK: tl.constexpr):
-    """Where the rows of a half lie [ROWS], from the program's first row of its first head."""
-    r = tl.arange(0, PACK * BLOCK_Q)
-    row = half * BLOCK_Q + r % BLOCK_Q
-    return (r // BLOCK_Q).to(tl.int64) * stride_h + row.to(tl.int64) * stride_n
+def dense_row(batch, head, row, n_heads, n_rows):
+    """The number of a row among those of a contiguous [batch, n_heads, n_rows]."""
+    return (batch.to(tl.int64) * n_heads + head) * n_rows + row
 
 
 @triton.jit
@@ -100,29 +98,31 @@ def rows_exist(half, n_left, BLOCK_Q: tl.constexpr, PACK: tl.constexpr):
 
 
 @triton.jit
-def load_half(
-    ptr, half, n_left, stride_h, stride_n, DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_Q: tl.constexpr, PACK: tl.constexpr,
-):  # fmt: skip
-    """The rows of a half [ROWS, DIM]."""
-    at = row_offsets(half, stride_h, stride_n, BLOCK_Q, PACK)
-    return load_rows(ptr, at, rows_exist(half, n_left, BLOCK_Q, PACK), DIM, BLOCK_D)
+def row_offsets(half, last, stride_h, stride_n, BLOCK_Q: tl.constexpr, PACK: tl.constexpr):
+    """Where the rows of a half lie [ROWS], from the program's first row of its first head.
+
+    Rows past `last` are that one again, so that all can be loaded; None where they are stored.
+    """
+    r = tl.arange(0, PACK * BLOCK_Q)
+    row = half * BLOCK_Q + r % BLOCK_Q
+    if last is not None:
+        row = tl.minimum(row, last)
+    return (r // BLOCK_Q).to(tl.int64) * stride_h + row.to(tl.int64) * stride_n
 
 
 @triton.jit
 def load_tile(keys, start, limit, LAYOUT: tl.constexpr, BLOCK_KV: tl.constexpr):
-    """Keys and values from `start` on; 0 from `limit` on."""
-    k_ptr, v_ptr, kv_start = keys
+    """Keys and values from `start` on; from `limit` on the last one again, so that all exist."""
+    k_ptr, v_ptr = keys
     STRIDE_KN: tl.constexpr = LAYOUT[0]
     STRIDE_VN: tl.constexpr = LAYOUT[1]
     HEAD_DIM: tl.constexpr = LAYOUT[2]
     V_DIM: tl.constexpr = LAYOUT[3]
     BLOCK_D: tl.constexpr = LAYOUT[4]
     BLOCK_DV: tl.constexpr = LAYOUT[5]
-    kv = start + tl.arange(0, BLOCK_KV)  # [BLOCK_KV]
-    at = (kv_start + kv).to(tl.int64)
-    k = load_rows(k_ptr, at * STRIDE_KN, kv < limit, HEAD_DIM, BLOCK_D)  # [BLOCK_KV, HEAD_DIM]
-    v = load_rows(v_ptr, at * STRIDE_VN, kv < limit, V_DIM, BLOCK_DV)  # [BLOCK_KV, V_DIM]
+    kv = tl.minimum(start + tl.arange(0, BLOCK_KV), limit - 1).to(tl.int64)  # [BLOCK_KV]
+    k = load_rows(k_ptr, kv * STRIDE_KN, HEAD_DIM, BLOCK_D)  # [BLOCK_KV, HEAD_DIM]
+    v = load_rows(v_ptr, kv * STRIDE_VN, V_DIM, BLOCK_DV)  # [BLOCK_KV, V_DIM]
     return k, v
 
 
@@ -135,18 +135,18 @@ def step_each(
     p, s, w = mask
     p_lo, s_min, w_min = bounds
     end = start + BLOCK_KV
-    masked = needs_mask(start, end, limit, p_lo, p_lo + BLOCK_Q - 1, s_min, w_min)
+    cut = cuts(start, end, limit, p_lo, p_lo + BLOCK_Q - 1, s_min, w_min)
     first = step(
-        states[0], rows[0], mask, k, v, start, limit, masked, qk_scale, cap, BLOCK_KV, SOFTCAP
+        states[0], rows[0], mask, k, v, start, limit, cut, qk_scale, cap, BLOCK_KV, SOFTCAP
     )
     if len(states) == 1:
         return (first,)
     else:
         p_lo += BLOCK_Q
         mask = (p + BLOCK_Q, s, w)
-        masked = needs_mask(start, end, limit, p_lo, p_lo + BLOCK_Q - 1, s_min, w_min)
+        cut = cuts(start, end, limit, p_lo, p_lo + BLOCK_Q - 1, s_min, w_min)
         second = step(
-            states[1], rows[1], mask, k, v, start, limit, masked, qk_scale, cap, BLOCK_KV, SOFTCAP
+            states[1], rows[1], mask, k, v, start, limit, cut, qk_scale, cap, BLOCK_KV, SOFTCAP
         )
         return first, second
 
