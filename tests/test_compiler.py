@@ -618,7 +618,7 @@ def test_a_second_derivative_is_refused_and_never_0():
         lambda table, score, h, q_idx, kv_idx: torch.where(h == 0, score, table[q_idx].norm()),
     ],
 )
-@pytest.mark.parametrize("executor", ["blockwise", "reference"])
+@pytest.mark.parametrize("executor", [None, "blockwise", "reference"])
 def test_a_score_mod_is_of_one_pair(of_one_pair, executor):
     table, (q, k, v) = torch.randn(9, 8), inputs(9, 9)
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
@@ -631,6 +631,17 @@ def test_a_score_mod_is_of_one_pair(of_one_pair, executor):
     score_mod = lambda score, b, *indices: of_one_pair(table, score, *indices)  # noqa: E731
     out = compile_mask(causal, 9, 9)(q, k, v, score_mod=score_mod, executor=executor)
     torch.testing.assert_close(out, expected)
+
+
+def test_flex_on_cpu_is_not_given_a_score_mod_of_rows():
+    table, attend, qkv = torch.randn(9, 4), compile_mask(causal, 9, 9), inputs(9, 9)
+    of_row = lambda score, b, h, q_idx, kv_idx: score + table[q_idx][h]  # noqa: E731
+    with pytest.raises(ExecutorError, match=r"a tensor of \(4,\).*table\[q_idx, h\] and not"):
+        attend(*qkv, score_mod=of_row, executor="flex")
+    # a row of the head is one row for all pairs, which it computes as it should
+    of_head = lambda score, b, h, q_idx, kv_idx: score + table.T[h][q_idx]  # noqa: E731
+    out = attend(*qkv, score_mod=of_head, executor="flex")
+    torch.testing.assert_close(out, attend(*qkv, score_mod=of_row, executor="reference"))
 
 
 def test_no_part_of_blockwise_is_compiled():

@@ -101,7 +101,7 @@ def _run(
         score_mod=with_variables_of_now(score_mod),
         dropout=None if dropout is None else dropout.with_seed_of_now(),
     )
-    captured = Captured([], [])
+    captured = Captured([], [], [])
     if call.score_mod is not None and torch.is_grad_enabled():
         captured = captured_by(call.score_mod, q)
     n = len(captured.with_gradients)
