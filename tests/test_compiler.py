@@ -530,6 +530,29 @@ def test_a_score_mod_may_give_float64(executor):
     torch.testing.assert_close(out, exact.float())
 
 
+@pytest.mark.parametrize(
+    "score_mod",
+    [
+        lambda score, b, h, q_idx, kv_idx: kv_idx * 0.1,
+        lambda score, b, h, q_idx, kv_idx: kv_idx - q_idx,
+        lambda score, b, h, q_idx, kv_idx: torch.where(q_idx % 2 == 0, 1.0, -math.inf),
+        lambda score, b, h, q_idx, kv_idx: score * 0 + 1,
+        lambda score, b, h, q_idx, kv_idx: (score * 4).round().half(),
+        lambda score, b, h, q_idx, kv_idx: (score * 4).round().bfloat16(),
+    ],
+)
+def test_a_score_mod_may_give_any_number(score_mod):
+    attend, qkv = compile_mask(STREAMING, 200, 200), inputs(200, 200)
+    expected = attend(*qkv, score_mod=score_mod, executor="reference")
+    torch.testing.assert_close(attend(*qkv, score_mod=score_mod, executor="flex"), expected)
+    qkv = [x.requires_grad_() for x in qkv]
+    out = attend(*qkv, score_mod=score_mod, executor="reference")
+    options = {"allow_unused": True, "materialize_grads": True}
+    expected = torch.autograd.grad(out.square().sum(), qkv, **options)
+    out = attend(*qkv, score_mod=score_mod, executor="blockwise")
+    torch.testing.assert_close(torch.autograd.grad(out.square().sum(), qkv), expected)
+
+
 def test_what_a_score_mod_reads_may_alone_require_a_gradient():
     bias = torch.zeros(4, requires_grad=True)
     biased = lambda score, b, h, q_idx, kv_idx: score + bias[h] * kv_idx  # noqa: E731

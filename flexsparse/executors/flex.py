@@ -138,10 +138,14 @@ def _scaled(score_mod: ScoreMod | None, scale: float | None, device: torch.devic
     def scaled(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         if factor is not None:
             score = score * factor
-        if score_mod is not None:
-            score = score_mod(score, b, h, q_idx, kv_idx)
-        # inductor's C++ writes float64 to where it reads float32 (torch 2.13)
-        return score.float() if score.dtype == torch.float64 else score
+        if score_mod is None:
+            return score
+        modified = score_mod(score, b, h, q_idx, kv_idx)
+        if device.type == "cpu":
+            # Inductor's C++ writes whole tiles only of what reads the score, and any dtype to where
+            # it reads float32 (torch 2.13): this is never the score, and of its dtype
+            modified = torch.where(kv_idx < 0, score, modified)
+        return modified.float() if modified.dtype == torch.float64 else modified
 
     return scaled
 
