@@ -71,6 +71,15 @@ def test_executors_agree_with_dense_attention(executor, group_size):
         assert_as_good_as_dense(out, STREAMING, q, k, v)
 
 
+def test_kernels_are_not_given_arithmetic_in_half_precision():
+    gate = torch.linspace(0, 1, 300).bfloat16()
+    mask = from_mask_mod(lambda b, h, q_idx, kv_idx: gate[q_idx] + gate[kv_idx] > 1)
+    attend, qkv = compile_mask(mask, 300, 300), inputs(300, 300)
+    assert_as_good_as_dense(attend(*qkv), mask, *qkv)
+    with pytest.raises(ExecutorError, match=r"aten.add in float32, and the mask in torch.bfloat16"):
+        attend(*qkv, executor="flex")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("q_len", "kv_len"), [(1, 1), (1, 700), (300, 1)])
 def test_lengths_of_one(q_len, kv_len):
