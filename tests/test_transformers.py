@@ -345,6 +345,23 @@ def test_masks_may_read_the_head_and_tables(llama, ids):
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=0)
 
 
+def test_a_step_of_decoding_refuses_what_no_block_mask_is_made_of(ids):
+    model, table = bare("llama"), torch.arange(LENGTH + 7) % 7 == 0
+    few = fs.lookup(torch.tensor([4, 8]), fs.h)  # of the two heads that have it
+    heads = [fs.lookup(table, fs.kv_idx) | window(4)] * 2
+    SparsePlan([[fs.q_idx - fs.kv_idx < few] * 2 + heads, None]).apply(model)
+    left = padding("left")[:1]  # 7 tokens, which need no place in the table
+    out = model.generate(ids[:1], attention_mask=left, max_new_tokens=15, **GREEDY)
+    assert out.shape[1] == LENGTH + 15
+    with pytest.raises(MaskError, match=r"bool\[157\] is read out of range"):
+        model.generate(ids[:1], attention_mask=left, max_new_tokens=16, **GREEDY)
+    with torch.no_grad():
+        cache = model(ids).past_key_values
+        table[:] = True
+        with pytest.raises(MaskError, match="was written to"):
+            model(ids[:, :1], past_key_values=cache)
+
+
 @pytest.mark.parametrize("q_len", [1, 40])
 def test_functions_that_a_model_adds_to_its_mask_are_kept(q_len, llama):
     config = copy.deepcopy(llama.config)
@@ -559,6 +576,7 @@ REFUSED = [
         {"attention_mask": torch.ones(2, 1, LENGTH, LENGTH, dtype=torch.bool)},
         "its mask is a Tensor",
     ),
+    ({"attention_mask": torch.ones(2, LENGTH, LENGTH)}, r"attention_mask is \(2, 150, 150\)"),
     ({"past_key_values": Forgetful()}, "its cache gives 146 keys and told the model's mask of 150"),
     ({"cu_seq_lens_q": torch.tensor([0, 70, LENGTH])}, "its sequences are packed"),
     ({"output_attentions": True}, "the weights that output_attentions=True asks for"),

@@ -45,6 +45,11 @@ def model_mask(
     """The mask function of the implementation: what the model hides, for its attention to use."""
     shape = batch_size, q_length, kv_length
     if attention_mask is not None:
+        if attention_mask.dim() != 2:
+            raise ExecutorError(
+                f"attention_mask is {tuple(attention_mask.shape)}; give a padding mask "
+                "[batch, tokens], or none, and put patterns in a SparsePlan."
+            )
         missing = max(kv_offset + kv_length - attention_mask.shape[1], 0)
         attention_mask = functional.pad(attention_mask, (0, missing))
         attention_mask = attention_mask[:, : kv_offset + kv_length]

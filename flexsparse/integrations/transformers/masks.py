@@ -8,8 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+from flexsparse.analysis.cells import Grid
+from flexsparse.analysis.validate import problem
 from flexsparse.compiler import CompiledMask
-from flexsparse.errors import ExecutorError
+from flexsparse.errors import ExecutorError, MaskError
+from flexsparse.expr import Mask
 from flexsparse.heads import PerHead
 from flexsparse.integrations.transformers import rules
 from flexsparse.integrations.transformers.rows import ALL_HEADS, Pick, pick
@@ -136,6 +139,7 @@ class RowMask(ModelMask):
             return [Pick(ALL_HEADS, None, self._of_kv_heads(masks, n_kv_heads))]
         key = masks, n_kv_heads
         if key not in self._picks:
+            self._refuse_unsound(masks)
             self._picks[key] = pick(self._of_kv_heads(masks, n_kv_heads))
         return self._picks[key]
 
@@ -147,11 +151,28 @@ class RowMask(ModelMask):
         """What the masks of a layer's heads keep of it, bool [batch, n_heads, 1, kv_len]."""
         device = self.kept.device
         batch = torch.arange(self.batch, device=device).view(-1, 1, 1, 1)
-        heads = torch.arange(masks.n_heads, device=device).view(1, -1, 1, 1)
-        which = torch.tensor(masks.which, device=device).view(1, -1, 1, 1)
-        kept = self.kept
-        for place, mask in enumerate(masks.distinct):
+        kept = self.kept.repeat(1, masks.n_heads, 1, 1)
+        for mask, of_mask in _with_heads(masks):
+            heads = torch.tensor(of_mask, device=device)
             # dynamo asks a callable object for its truth value before it calls it (torch 2.11)
-            seen = mask.__call__(batch, heads, self.q_place, self.kv_place)
-            kept = kept & ((which != place) | seen)
-        return kept.expand(-1, masks.n_heads, -1, -1)
+            seen = mask.__call__(batch, heads.view(1, -1, 1, 1), self.q_place, self.kv_place)
+            kept[:, heads] &= seen
+        return kept
+
+    def _refuse_unsound(self, masks: PerHead) -> None:
+        """Raise where a table is read out of range, in the words in which blocks are refused."""
+        for mask, heads in _with_heads(masks):
+            if mask.tables:
+                q, kv = int(self.q_place.max()), int(self.kv_place.max())
+                grid = Grid(1, kv + 1, q, (1, 128), self.batch, heads)
+                reason = problem(mask, grid, self.kept.device)
+                if reason is not None:
+                    raise MaskError(reason)
+
+
+def _with_heads(masks: PerHead) -> list[tuple[Mask, tuple[int, ...]]]:
+    """Each distinct mask, and the heads that have it."""
+    return [
+        (mask, tuple(head for head, its in enumerate(masks.which) if its == place))
+        for place, mask in enumerate(masks.distinct)
+    ]
