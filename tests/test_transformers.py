@@ -555,6 +555,11 @@ def test_models_whose_attention_cannot_be_swapped_are_refused():
     with pytest.raises(MaskError, match="The attention of FalconModel cannot be swapped"):
         PLAN.apply(falcon)
     assert falcon.config._attn_implementation == before
+    vit = small("ViT", hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
+    before = vit.config._attn_implementation
+    with pytest.raises(MaskError, match=r"No attention of ViTModel says which layer it is in"):
+        PLAN.apply(vit)
+    assert vit.config._attn_implementation == before
     mamba = small("Mamba", hidden_size=64, num_hidden_layers=2)
     with pytest.raises(MaskError, match="has no num_attention_heads"):
         PLAN.apply(mamba)

@@ -105,10 +105,19 @@ def _switch(model: Any, layers: dict[int, nn.Module]) -> None:
     before[""] = config._attn_implementation
     mine = [key for key, part in parts.items() if part is decoder]
     model.set_attn_implementation({**before, (mine or [""])[0]: NAME})
-    if not layers or decoder._attn_implementation != NAME:
-        model.set_attn_implementation(before)
-        raise MaskError(
+    reason = None
+    if decoder._attn_implementation != NAME:
+        reason = (
             f"The attention of {type(model).__name__} cannot be swapped: its code does not go "
             "through transformers' AttentionInterface."
         )
+    elif not layers:
+        reason = (
+            f"No attention of {type(model).__name__} says which layer it is in (layer_idx), so a "
+            f'plan cannot be put on it; set_attn_implementation("{NAME}") runs the model\'s own '
+            "masks."
+        )
+    if reason is not None:
+        model.set_attn_implementation(before)
+        raise MaskError(reason)
     vars(model).setdefault(BEFORE, before)
