@@ -151,7 +151,9 @@ class CompiledMask:
             v: [B, n_kv_heads, kv_len, Dv].
             scale: of the scores, a number; 1 / sqrt(D) by default.
             score_mod: FlexAttention's, of (score, b, h, q_idx, kv_idx); q_idx is the position of
-                the query, q_offset included, and h the query head.
+                the query, q_offset included, and h the query head. Read tables in one step,
+                table[q_idx, h]: inside your own torch.compile, flex on CPU gets table[q_idx][h]
+                wrong.
             dropout_p: the chance to drop each attention weight, in [0, 1); the others are divided
                 by 1 - dropout_p.
             dropout_seed: of the dropout, 64 bits: the weights it drops depend on it and on (b, h,

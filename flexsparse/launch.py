@@ -151,9 +151,14 @@ class Launch:
 
     def _not_elementwise(self) -> str | None:
         """Why kernels cannot compile the mask, or None if they can."""
-        for step in self.mask.steps:
-            if isinstance(step.payload, Opaque) and not step.payload.is_elementwise:
-                return f"kernels compute one element at a time, and {step.payload.name} does not"
+        for operator in (x.payload for x in self.mask.steps if isinstance(x.payload, Opaque)):
+            if not operator.is_elementwise:
+                return f"kernels compute one element at a time, and {operator.name} does not"
+            if operator.dtype in (torch.float16, torch.bfloat16):
+                return (
+                    f"kernels compute {operator.name} in float32, and the mask in "
+                    f"{operator.dtype}; cast what it takes with .float()"
+                )
         return None
 
     def prepare(self) -> None:

@@ -71,6 +71,15 @@ def test_executors_agree_with_dense_attention(executor, group_size):
         assert_as_good_as_dense(out, STREAMING, q, k, v)
 
 
+def test_kernels_are_not_given_arithmetic_in_half_precision():
+    gate = torch.linspace(0, 1, 300).bfloat16()
+    mask = from_mask_mod(lambda b, h, q_idx, kv_idx: gate[q_idx] + gate[kv_idx] > 1)
+    attend, qkv = compile_mask(mask, 300, 300), inputs(300, 300)
+    assert_as_good_as_dense(attend(*qkv), mask, *qkv)
+    with pytest.raises(ExecutorError, match=r"aten.add in float32, and the mask in torch.bfloat16"):
+        attend(*qkv, executor="flex")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("q_len", "kv_len"), [(1, 1), (1, 700), (300, 1)])
 def test_lengths_of_one(q_len, kv_len):
@@ -530,6 +539,29 @@ def test_a_score_mod_may_give_float64(executor):
     torch.testing.assert_close(out, exact.float())
 
 
+@pytest.mark.parametrize(
+    "score_mod",
+    [
+        lambda score, b, h, q_idx, kv_idx: kv_idx * 0.1,
+        lambda score, b, h, q_idx, kv_idx: kv_idx - q_idx,
+        lambda score, b, h, q_idx, kv_idx: torch.where(q_idx % 2 == 0, 1.0, -math.inf),
+        lambda score, b, h, q_idx, kv_idx: score * 0 + 1,
+        lambda score, b, h, q_idx, kv_idx: (score * 4).round().half(),
+        lambda score, b, h, q_idx, kv_idx: (score * 4).round().bfloat16(),
+    ],
+)
+def test_a_score_mod_may_give_any_number(score_mod):
+    attend, qkv = compile_mask(STREAMING, 200, 200), inputs(200, 200)
+    expected = attend(*qkv, score_mod=score_mod, executor="reference")
+    torch.testing.assert_close(attend(*qkv, score_mod=score_mod, executor="flex"), expected)
+    qkv = [x.requires_grad_() for x in qkv]
+    out = attend(*qkv, score_mod=score_mod, executor="reference")
+    options = {"allow_unused": True, "materialize_grads": True}
+    expected = torch.autograd.grad(out.square().sum(), qkv, **options)
+    out = attend(*qkv, score_mod=score_mod, executor="blockwise")
+    torch.testing.assert_close(torch.autograd.grad(out.square().sum(), qkv), expected)
+
+
 def test_what_a_score_mod_reads_may_alone_require_a_gradient():
     bias = torch.zeros(4, requires_grad=True)
     biased = lambda score, b, h, q_idx, kv_idx: score + bias[h] * kv_idx  # noqa: E731
@@ -618,7 +650,7 @@ def test_a_second_derivative_is_refused_and_never_0():
         lambda table, score, h, q_idx, kv_idx: torch.where(h == 0, score, table[q_idx].norm()),
     ],
 )
-@pytest.mark.parametrize("executor", ["blockwise", "reference"])
+@pytest.mark.parametrize("executor", [None, "blockwise", "reference"])
 def test_a_score_mod_is_of_one_pair(of_one_pair, executor):
     table, (q, k, v) = torch.randn(9, 8), inputs(9, 9)
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
@@ -631,6 +663,17 @@ def test_a_score_mod_is_of_one_pair(of_one_pair, executor):
     score_mod = lambda score, b, *indices: of_one_pair(table, score, *indices)  # noqa: E731
     out = compile_mask(causal, 9, 9)(q, k, v, score_mod=score_mod, executor=executor)
     torch.testing.assert_close(out, expected)
+
+
+def test_flex_on_cpu_is_not_given_a_score_mod_of_rows():
+    table, attend, qkv = torch.randn(9, 4), compile_mask(causal, 9, 9), inputs(9, 9)
+    of_row = lambda score, b, h, q_idx, kv_idx: score + table[q_idx][h]  # noqa: E731
+    with pytest.raises(ExecutorError, match=r"a tensor of \(4,\).*table\[q_idx, h\] and not"):
+        attend(*qkv, score_mod=of_row, executor="flex")
+    # a row of the head is one row for all pairs, which it computes as it should
+    of_head = lambda score, b, h, q_idx, kv_idx: score + table.T[h][q_idx]  # noqa: E731
+    out = attend(*qkv, score_mod=of_head, executor="flex")
+    torch.testing.assert_close(out, attend(*qkv, score_mod=of_row, executor="reference"))
 
 
 def test_no_part_of_blockwise_is_compiled():

@@ -1,6 +1,7 @@
 """Real attention layers of transformers under a plan, against dense attention."""
 
 import copy
+import functools
 from pathlib import Path
 from unittest import mock
 
@@ -13,12 +14,15 @@ import tiny_models
 from tiny_models import FAMILIES, PLAN, Reference, bare, places, plan_of, tiny
 from transformers import (
     AutoModelForCausalLM,
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     BertModel,
     CompileConfig,
     DynamicCache,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
+    GPT2Config,
     StaticCache,
 )
 from transformers.masking_utils import (
@@ -79,8 +83,9 @@ def test_logits_are_those_of_dense_attention(family, kind, ids):
 def test_packed_sequences_are_as_if_each_were_alone(llama, ids, batch):
     lengths, ids = [70, 17, LENGTH - 87], ids[:batch]
     position_ids = torch.cat([torch.arange(n) for n in lengths])[None].expand(batch, -1)
+    told = {"position_ids": position_ids, "cu_seq_lens_q": torch.tensor([0, 70, 87, LENGTH])}
     with torch.no_grad():
-        packed = llama(ids, position_ids=position_ids, use_cache=False).logits
+        packed = llama(ids, **told, use_cache=False).logits
         alone = [llama(part, use_cache=False).logits for part in ids.split(lengths, 1)]
     torch.testing.assert_close(packed, torch.cat(alone, 1), atol=1e-5, rtol=0)
 
@@ -308,13 +313,14 @@ def test_generate_compiles_its_steps(llama, ids):
     assert torch.equal(out, llama.generate(ids, max_new_tokens=6, **GREEDY))
 
 
-def test_spans_follow_the_number_of_keys(ids):
+@pytest.mark.parametrize("make", [DynamicCache, functools.partial(StaticCache, max_cache_len=333)])
+def test_spans_follow_the_number_of_keys(make, ids):
     model = tiny("llama")
     plan = SparsePlan([["causal & window(span(-20, 0.25))"] * 4, None])
     with torch.no_grad():
         plan.apply(model)
         out = model(ids).logits
-        cache = DynamicCache(config=model.config)
+        cache = make(config=model.config)
         model(ids[:, :-1], past_key_values=cache)
         step = model(ids[:, -1:], past_key_values=cache).logits
         SparsePlan([[f"causal & window({int(LENGTH * 0.25 - 20)})"] * 4, None]).apply(model)
@@ -337,6 +343,23 @@ def test_masks_may_read_the_head_and_tables(llama, ids):
         out = model(ids[:1], attention_mask=left[:1]).logits[:, 7:]
         expected = model(ids[:1, 7:]).logits
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=0)
+
+
+def test_a_step_of_decoding_refuses_what_no_block_mask_is_made_of(ids):
+    model, table = bare("llama"), torch.arange(LENGTH + 7) % 7 == 0
+    few = fs.lookup(torch.tensor([4, 8]), fs.h)  # of the two heads that have it
+    heads = [fs.lookup(table, fs.kv_idx) | window(4)] * 2
+    SparsePlan([[fs.q_idx - fs.kv_idx < few] * 2 + heads, None]).apply(model)
+    left = padding("left")[:1]  # 7 tokens, which need no place in the table
+    out = model.generate(ids[:1], attention_mask=left, max_new_tokens=15, **GREEDY)
+    assert out.shape[1] == LENGTH + 15
+    with pytest.raises(MaskError, match=r"bool\[157\] is read out of range"):
+        model.generate(ids[:1], attention_mask=left, max_new_tokens=16, **GREEDY)
+    with torch.no_grad():
+        cache = model(ids).past_key_values
+        table[:] = True
+        with pytest.raises(MaskError, match="was written to"):
+            model(ids[:, :1], past_key_values=cache)
 
 
 @pytest.mark.parametrize("q_len", [1, 40])
@@ -366,6 +389,22 @@ def test_functions_that_a_model_adds_to_its_mask_are_kept(q_len, llama):
     assert torch.equal(kept.expand(2, 4, q_len, 40), expected.expand(2, 4, q_len, 40))
 
 
+def test_documents_that_a_model_adds_to_its_mask_may_be_padded(llama):
+    config = copy.deepcopy(llama.config)
+    documents = (torch.arange(40) // 11).expand(2, -1)
+    padding = torch.ones(2, 40)
+    padding[0, -6:] = 0
+    asked = {"inputs_embeds": torch.zeros(2, 40, 64), "attention_mask": padding}
+    asked["and_mask_function"] = packed_sequence_mask_function(documents)
+    config._attn_implementation = "sdpa"
+    expected = create_causal_mask(config, past_key_values=None, **asked)
+    config._attn_implementation = "flexsparse"
+    mask = create_causal_mask(config, past_key_values=None, **asked)
+    (compiled,) = mask.compiled(fs.per_head([fs.everything])).masks
+    rows, places = torch.arange(2)[:, None, None], torch.arange(40)
+    assert torch.equal(compiled(rows, 0, places[:, None], places), expected[:, 0])
+
+
 def test_encoders_run_without_a_plan():
     integration.register()
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -377,6 +416,44 @@ def test_encoders_run_without_a_plan():
         model.set_attn_implementation("flexsparse")
         out = model(ids, attention_mask=mask).last_hidden_state
     torch.testing.assert_close(out[mask.bool()], expected[mask.bool()])
+
+
+def test_encoders_with_decoders_run_without_a_plan(ids):
+    integration.register()
+    config = BartConfig(init_std=0.2, forced_eos_token_id=None, **BART)
+    model = BartForConditionalGeneration(config).double().eval()
+    expected = model.generate(ids, max_new_tokens=6, do_sample=False)
+    model.set_attn_implementation("flexsparse")
+    assert torch.equal(model.generate(ids, max_new_tokens=6, do_sample=False), expected)
+
+
+BART = {"vocab_size": 97, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2}
+BART |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+BERT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+DECODERS = [
+    BartConfig(**BART),
+    BertConfig(vocab_size=97, is_decoder=True, add_cross_attention=True, **BERT),
+    GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=2, add_cross_attention=True),
+]
+
+
+@pytest.mark.parametrize("config", DECODERS, ids=["bart", "bert", "gpt2"])
+def test_a_plan_is_for_what_a_decoder_sees_of_its_own_tokens(config, ids):
+    config = copy.deepcopy(config)
+    config.initializer_range = config.init_std = 0.2
+    model = AutoModelForCausalLM.from_config(config).double().eval()
+    encoded = {"encoder_hidden_states": torch.randn(2, 33, 32, dtype=torch.float64)}
+    mask = causal & (sink(4) | window(9))
+    places = torch.arange(LENGTH)
+    dense = mask(0, 0, places[:, None], places).expand(2, 1, -1, -1)
+    with torch.no_grad():
+        expected = model(ids, attention_mask=dense, **encoded, use_cache=False).logits
+        SparsePlan([[mask] * 2] * 2).apply(model)
+        cache = model(ids[:, :-1], **encoded).past_key_values
+        step = model(ids[:, -1:], past_key_values=cache, **encoded).logits
+        out = model(ids, **encoded, use_cache=False).logits
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(step, expected[:, -1:])
 
 
 def test_images_are_seen_both_ways_as_the_model_has_it(ids):
@@ -426,6 +503,24 @@ def test_plans_go_on_compiled_and_on_copied_models(llama, ids):
         assert torch.equal(twin(ids).logits, expected)
 
 
+def test_plans_go_through_what_wraps_a_model(ids):
+    class Adapter(torch.nn.Module):  # as those of PEFT
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def __getattr__(self, name):
+            return self._modules.get(name) or getattr(self._modules["model"], name)
+
+    model = bare("llama")
+    with torch.no_grad():
+        expected = model(ids).logits
+        PLAN.apply(Adapter(model))
+        assert not torch.allclose(model(ids).logits, expected)
+    PLAN.remove(model)
+    assert model.config._attn_implementation == "sdpa"
+
+
 LAYER = ["causal"] * 4
 MISTAKES = [
     (SparsePlan([LAYER]), "The plan has 1 layers and the model \\(llama\\) has 2"),
@@ -460,6 +555,11 @@ def test_models_whose_attention_cannot_be_swapped_are_refused():
     with pytest.raises(MaskError, match="The attention of FalconModel cannot be swapped"):
         PLAN.apply(falcon)
     assert falcon.config._attn_implementation == before
+    vit = small("ViT", hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
+    before = vit.config._attn_implementation
+    with pytest.raises(MaskError, match=r"No attention of ViTModel says which layer it is in"):
+        PLAN.apply(vit)
+    assert vit.config._attn_implementation == before
     mamba = small("Mamba", hidden_size=64, num_hidden_layers=2)
     with pytest.raises(MaskError, match="has no num_attention_heads"):
         PLAN.apply(mamba)
@@ -481,7 +581,9 @@ REFUSED = [
         {"attention_mask": torch.ones(2, 1, LENGTH, LENGTH, dtype=torch.bool)},
         "its mask is a Tensor",
     ),
+    ({"attention_mask": torch.ones(2, LENGTH, LENGTH)}, r"attention_mask is \(2, 150, 150\)"),
     ({"past_key_values": Forgetful()}, "its cache gives 146 keys and told the model's mask of 150"),
+    ({"cu_seq_lens_q": torch.tensor([0, 70, LENGTH])}, "its sequences are packed"),
     ({"output_attentions": True}, "the weights that output_attentions=True asks for"),
 ]
 
@@ -508,6 +610,12 @@ def test_learned_sinks_are_refused(llama):
     q, k = torch.zeros(1, 4, 1, 16), torch.zeros(1, 2, 1, 16)
     with pytest.raises(ExecutorError, match=r"a learned term in the softmax \(s_aux\)"):
         attention.attention_forward(layer, q, k, k, None, s_aux=torch.zeros(4))
+
+
+def test_models_that_read_their_masks_themselves_are_refused():
+    mask = integration.model_mask(1, 4, 4, mask_function=causal)
+    with pytest.raises(ExecutorError, match="reads its mask as a tensor"):
+        mask[:, 0]
 
 
 def test_a_missing_or_old_transformers_is_one_sentence():

@@ -101,7 +101,7 @@ def _run(
         score_mod=with_variables_of_now(score_mod),
         dropout=None if dropout is None else dropout.with_seed_of_now(),
     )
-    captured = Captured([], [])
+    captured = Captured([], [], [])
     if call.score_mod is not None and torch.is_grad_enabled():
         captured = captured_by(call.score_mod, q)
     n = len(captured.with_gradients)
@@ -287,7 +287,9 @@ class _Gradients(torch.autograd.Function):
             grad_s.sub_(delta.index_select(0, at.q_block).view(*shape[:3], 1)).mul_(p)
             grad_vs = torch.bmm(dropped.reshape(flat).mT, os, out=scratch("grad_v", *vs.shape))
             _add_blocks(grad_v, at.kv_block, grad_vs)
-            if call.score_mod is not None:
+            if call.score_mod is not None and not modified.requires_grad:
+                grad_s.zero_()  # it gives scores that depend on nothing that has a gradient
+            elif call.score_mod is not None:
                 grad_s, *grads = torch.autograd.grad(
                     modified,
                     [natural, *captured],

@@ -50,25 +50,19 @@ def unsupported(
     if q.is_cpu:
         if _MISSING_ON_CPU is not None:
             return _MISSING_ON_CPU
-        if torch.is_grad_enabled():
-            if q.requires_grad or k.requires_grad or v.requires_grad:
-                return "flex_attention has no backward on CPU, and an input requires a gradient"
-            # a graph being compiled cannot tell what a score_mod reads
-            if (
-                score_mod
-                and not torch.compiler.is_compiling()
-                and captured_by(score_mod, q).with_gradients
-            ):
-                return (
-                    "flex_attention has no backward on CPU, and score_mod reads a tensor that "
-                    "requires a gradient"
-                )
+        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+            return "flex_attention has no backward on CPU, and an input requires a gradient"
         if return_lse:
             return "flex_attention returns no LSE on CPU"
         if dropout is not None:
             return "dropout needs the LSE, and flex_attention returns none on CPU"
         if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"flex_attention on CPU takes float32, bfloat16 and float16, and q is {q.dtype}"
+        # a graph being compiled cannot tell what a score_mod does
+        if score_mod is not None and not torch.compiler.is_compiling():
+            reason = _not_on_cpu(score_mod, q)
+            if reason is not None:
+                return reason
     elif q.is_cuda:
         for name, size in (("q and k", q.shape[-1]), ("v", v.shape[-1])):
             if size < 16:
@@ -77,6 +71,24 @@ def unsupported(
         return "q has no data (device meta)"
     if not (q.numel() and k.numel() and v.numel()):
         return "an input is empty"
+    return None
+
+
+def _not_on_cpu(score_mod: ScoreMod, q: Tensor) -> str | None:
+    """Why a score_mod cannot run in flex_attention's kernel on CPU, or None if it can."""
+    captured = captured_by(score_mod, q)
+    if captured.with_gradients and torch.is_grad_enabled():
+        return (
+            "flex_attention has no backward on CPU, and score_mod reads a tensor that requires a "
+            "gradient"
+        )
+    if captured.rows:
+        # its C++ takes an index of such a tensor for one of a tile of scores (torch 2.13)
+        return (
+            "flex_attention on CPU computes single numbers, and score_mod makes a tensor of "
+            f"{tuple(captured.rows[0].shape)} of the positions or the score: read tables in one "
+            "step, table[q_idx, h] and not table[q_idx][h]"
+        )
     return None
 
 
@@ -126,10 +138,14 @@ def _scaled(score_mod: ScoreMod | None, scale: float | None, device: torch.devic
     def scaled(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         if factor is not None:
             score = score * factor
-        if score_mod is not None:
-            score = score_mod(score, b, h, q_idx, kv_idx)
-        # inductor's C++ writes float64 to where it reads float32 (torch 2.13)
-        return score.float() if score.dtype == torch.float64 else score
+        if score_mod is None:
+            return score
+        modified = score_mod(score, b, h, q_idx, kv_idx)
+        if device.type == "cpu":
+            # Inductor's C++ writes whole tiles only of what reads the score, and any dtype to where
+            # it reads float32 (torch 2.13): this is never the score, and of its dtype
+            modified = torch.where(kv_idx < 0, score, modified)
+        return modified.float() if modified.dtype == torch.float64 else modified
 
     return scaled
 

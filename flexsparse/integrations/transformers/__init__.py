@@ -70,27 +70,31 @@ def remove(model: Any) -> None:
 
 
 def _checked(model: Any) -> Any:
-    """The model itself, where torch.compile has wrapped it, if it is one of transformers."""
-    model = getattr(model, "_orig_mod", model)
+    """The model itself, where torch.compile or PEFT has wrapped it, if it is of transformers."""
     if not isinstance(model, nn.Module) or not hasattr(model, "set_attn_implementation"):
         raise MaskError(
             f"A plan goes on a model of transformers, and this is {type(model).__name__}, whose "
             "attention cannot be swapped."
         )
-    return model
+    swap: Any = model.set_attn_implementation
+    return swap.__self__  # a wrapper hands on the methods of what it wraps
 
 
 def _attention_layers(model: Any) -> dict[int, nn.Module]:
     """The attention of each layer of the decoder that has one of the usual kind."""
     decoder = model.config.get_text_config()
-    return {
-        module.layer_idx: module
-        for module in model.modules()
-        if getattr(module, "layer_idx", None) in range(decoder.num_hidden_layers)
-        and hasattr(module, "is_causal")
-        # a vision tower counts its layers too
-        and getattr(module, "config", None) is decoder
-    }
+    layers: dict[int, nn.Module] = {}
+    for module in model.modules():
+        if (
+            getattr(module, "layer_idx", None) in range(decoder.num_hidden_layers)
+            and hasattr(module, "is_causal")
+            # a vision tower counts its layers too
+            and getattr(module, "config", None) is decoder
+        ):
+            first = layers.setdefault(module.layer_idx, module)
+            # a decoder's layer may have one to an encoder's keys too, which is not causal
+            layers[module.layer_idx] = first if first.is_causal else module
+    return layers
 
 
 def _switch(model: Any, layers: dict[int, nn.Module]) -> None:
@@ -101,10 +105,19 @@ def _switch(model: Any, layers: dict[int, nn.Module]) -> None:
     before[""] = config._attn_implementation
     mine = [key for key, part in parts.items() if part is decoder]
     model.set_attn_implementation({**before, (mine or [""])[0]: NAME})
-    if not layers or decoder._attn_implementation != NAME:
-        model.set_attn_implementation(before)
-        raise MaskError(
+    reason = None
+    if decoder._attn_implementation != NAME:
+        reason = (
             f"The attention of {type(model).__name__} cannot be swapped: its code does not go "
             "through transformers' AttentionInterface."
         )
+    elif not layers:
+        reason = (
+            f"No attention of {type(model).__name__} says which layer it is in (layer_idx), so a "
+            f'plan cannot be put on it; set_attn_implementation("{NAME}") runs the model\'s own '
+            "masks."
+        )
+    if reason is not None:
+        model.set_attn_implementation(before)
+        raise MaskError(reason)
     vars(model).setdefault(BEFORE, before)

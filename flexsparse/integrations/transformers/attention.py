@@ -14,7 +14,7 @@ from flexsparse.expr import everything
 from flexsparse.heads import PerHead
 from flexsparse.integrations.transformers.masks import BlocksMask, ModelMask, RowMask
 from flexsparse.integrations.transformers.rows import EVERYTHING, attend_row
-from flexsparse.plan import masks_at
+from flexsparse.plan import Head, masks_at
 from flexsparse.tensors import ScoreMod
 from flexsparse.tracing import from_mask_mod
 
@@ -45,6 +45,11 @@ def model_mask(
     """The mask function of the implementation: what the model hides, for its attention to use."""
     shape = batch_size, q_length, kv_length
     if attention_mask is not None:
+        if attention_mask.dim() != 2:
+            raise ExecutorError(
+                f"attention_mask is {tuple(attention_mask.shape)}; give a padding mask "
+                "[batch, tokens], or none, and put patterns in a SparsePlan."
+            )
         missing = max(kv_offset + kv_length - attention_mask.shape[1], 0)
         attention_mask = functional.pad(attention_mask, (0, missing))
         attention_mask = attention_mask[:, : kv_offset + kv_length]
@@ -108,7 +113,7 @@ def _masks(layer: Any, query: Tensor, mask: ModelMask | None) -> PerHead:
     n_heads = query.shape[1]
     if layer is None or mask is None:
         return PerHead((everything,), (0,) * n_heads)
-    masks = layer if isinstance(layer, PerHead) else _masks_at(layer, mask.n_positions)
+    masks = layer if isinstance(layer, PerHead) else _masks_at(layer, mask.n_keys)
     if masks.n_heads != n_heads:
         raise ExecutorError(
             f"The plan has {masks.n_heads} query heads and this layer computes {n_heads}; a plan "
@@ -117,7 +122,9 @@ def _masks(layer: Any, query: Tensor, mask: ModelMask | None) -> PerHead:
     return masks
 
 
-_masks_at = torch.compiler.disable(masks_at)  # type: ignore[no-untyped-call]
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _masks_at(layer: tuple[Head, ...], n_keys: int | Tensor) -> PerHead:
+    return masks_at(layer, int(n_keys))
 
 
 def _unsupported(key: Tensor, mask: object, needs_mask: bool, others: dict[str, Any]) -> str | None:
@@ -141,6 +148,12 @@ def _unsupported(key: Tensor, mask: object, needs_mask: bool, others: dict[str, 
         return (
             f"its mask is a {type(mask).__name__}; give the model a padding mask [batch, tokens], "
             "or none, and put patterns in a SparsePlan"
+        )
+    packed = others.get("cu_seq_lens_q")
+    if packed is not None and len(packed) > 2 and not mask.is_packed:
+        return (
+            "its sequences are packed (cu_seq_lens_q) and its mask does not know of it; call the "
+            "model with position_ids that start again, use_cache=False and no attention_mask"
         )
     if key.shape[2] != mask.kv_len:
         return (

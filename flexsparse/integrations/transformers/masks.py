@@ -8,7 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+from flexsparse.analysis.cells import Grid
+from flexsparse.analysis.validate import problem
 from flexsparse.compiler import CompiledMask
+from flexsparse.errors import ExecutorError, MaskError
+from flexsparse.expr import Mask
 from flexsparse.heads import PerHead
 from flexsparse.integrations.transformers import rules
 from flexsparse.integrations.transformers.rows import ALL_HEADS, Pick, pick
@@ -19,11 +23,16 @@ class ModelMask(BlockMask):
     """What a model hides: a BlockMask in name only, as transformers passes those on untouched.
 
     batch, q_len, kv_len: the shape of the scores, heads aside
-    n_positions: keys up to the last one, those that a cache has dropped included
+    n_keys: up to the last query, those that a cache has dropped included, but not its empty room
+    is_packed: whether a row is several sequences
     """
 
-    def __init__(self, batch: int, q_len: int, kv_len: int, n_positions: int) -> None:
-        self.batch, self.q_len, self.kv_len, self.n_positions = batch, q_len, kv_len, n_positions
+    is_packed = False
+
+    def __init__(self, batch: int, q_len: int, kv_len: int, q_offset: int | Tensor) -> None:
+        self.batch, self.q_len, self.kv_len = batch, q_len, kv_len
+        # a sum is a tensor of its own: a static cache counts on in the one that it gives
+        self.n_keys = q_offset + q_len
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -37,6 +46,13 @@ class ModelMask(BlockMask):
     def to(self, *args: Any, **kwargs: Any) -> ModelMask:
         """Itself; accelerate asks for it."""
         return self
+
+    def __getitem__(self, index: Any) -> ModelMask:
+        """Refused: models that pick their keys themselves (DeepSeek V3.2) ask for it."""
+        raise ExecutorError(
+            "The model's code reads its mask as a tensor, which flexsparse makes no mask of; use "
+            'set_attn_implementation("eager") for this model.'
+        )
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}{self.shape}"
@@ -66,9 +82,10 @@ class BlocksMask(ModelMask):
             kv_offset: position of key 0.
             device: of the queries.
         """
-        super().__init__(*shape, kv_offset + shape[2])
+        super().__init__(*shape, int(q_offset))
         self.q_offset, self.device = int(q_offset), device
         self.rules = rules.of(mask_mod, padding, shape[1:], self.q_offset, kv_offset, device)
+        self.is_packed = self.rules.is_packed
 
     def compiled(self, masks: PerHead, device: torch.device | None = None) -> CompiledMask:
         """The masks of a layer's heads and the model's own; the same ones are compiled once.
@@ -102,12 +119,12 @@ class RowMask(ModelMask):
         device: torch.device,
     ) -> None:
         """Read the row; the arguments are those of `BlocksMask`."""
-        super().__init__(*shape, kv_offset + shape[2])
-        # a sum is a tensor of its own: a static cache counts on in the one that it gives
-        q = (torch.as_tensor(q_offset, device=device) + 0).view(1, 1, 1, 1)
-        kv = torch.arange(kv_offset, self.n_positions, device=device).view(1, 1, 1, -1)
+        super().__init__(*shape, q_offset)
+        q = (torch.as_tensor(self.n_keys, device=device) - 1).view(1, 1, 1, 1)
+        kv = torch.arange(kv_offset, kv_offset + self.kv_len, device=device).view(1, 1, 1, -1)
         batch = torch.arange(self.batch, device=device).view(-1, 1, 1, 1)
-        kept = mask_mod(batch, torch.zeros_like(q), q, kv).expand(self.batch, 1, 1, -1)
+        kept = mask_mod(batch, torch.zeros_like(q), q, kv)
+        kept = kept.expand(self.batch, 1, 1, self.kv_len)  # it may read no key at all
         if padding is not None:
             kept = kept & padding[:, None, None, kv_offset:]
             first = padding.int().argmax(1).view(-1, 1, 1, 1)
@@ -122,6 +139,7 @@ class RowMask(ModelMask):
             return [Pick(ALL_HEADS, None, self._of_kv_heads(masks, n_kv_heads))]
         key = masks, n_kv_heads
         if key not in self._picks:
+            self._refuse_unsound(masks)
             self._picks[key] = pick(self._of_kv_heads(masks, n_kv_heads))
         return self._picks[key]
 
@@ -133,11 +151,28 @@ class RowMask(ModelMask):
         """What the masks of a layer's heads keep of it, bool [batch, n_heads, 1, kv_len]."""
         device = self.kept.device
         batch = torch.arange(self.batch, device=device).view(-1, 1, 1, 1)
-        heads = torch.arange(masks.n_heads, device=device).view(1, -1, 1, 1)
-        which = torch.tensor(masks.which, device=device).view(1, -1, 1, 1)
-        kept = self.kept
-        for place, mask in enumerate(masks.distinct):
+        kept = self.kept.repeat(1, masks.n_heads, 1, 1)
+        for mask, of_mask in _with_heads(masks):
+            heads = torch.tensor(of_mask, device=device)
             # dynamo asks a callable object for its truth value before it calls it (torch 2.11)
-            seen = mask.__call__(batch, heads, self.q_place, self.kv_place)
-            kept = kept & ((which != place) | seen)
-        return kept.expand(-1, masks.n_heads, -1, -1)
+            seen = mask.__call__(batch, heads.view(1, -1, 1, 1), self.q_place, self.kv_place)
+            kept[:, heads] &= seen
+        return kept
+
+    def _refuse_unsound(self, masks: PerHead) -> None:
+        """Raise where a table is read out of range, in the words in which blocks are refused."""
+        for mask, heads in _with_heads(masks):
+            if mask.tables:
+                q, kv = int(self.q_place.max()), int(self.kv_place.max())
+                grid = Grid(1, kv + 1, q, (1, 128), self.batch, heads)
+                reason = problem(mask, grid, self.kept.device)
+                if reason is not None:
+                    raise MaskError(reason)
+
+
+def _with_heads(masks: PerHead) -> list[tuple[Mask, tuple[int, ...]]]:
+    """Each distinct mask, and the heads that have it."""
+    return [
+        (mask, tuple(head for head, its in enumerate(masks.which) if its == place))
+        for place, mask in enumerate(masks.distinct)
+    ]

@@ -37,6 +37,11 @@ class Rules:
     q_place: Index
     kv_place: Index
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether positions start again inside a row, and so are read from a table."""
+        return self.q_place.op == "lookup"
+
     def and_also(self, mask: Mask) -> Mask:
         """What a pattern keeps of each sequence and the model does not hide."""
         stays = (self.q_place, self.kv_place) == (q_idx, kv_idx)
@@ -68,19 +73,20 @@ def of(
     """
     own = _copied(from_mask_mod(mask_mod, device=device))
     place = _place_in_document(own)
-    if place is not None:
-        row = (b,) if place.dim() == 2 else ()
-        return _canonical(Rules(own, lookup(place, *row, q_idx), lookup(place, *row, kv_idx)))
     q_len, kv_len = lengths
     key = kv_idx + kv_offset if kv_offset else kv_idx
     own = own.at(kv_idx=key) if kv_offset else own
+    if padding is not None:
+        # a static cache has room that is not filled yet, which causality hides in any case
+        filled = kv_offset + kv_len
+        if causal.at(kv_idx=key) in conjuncts(own):
+            filled = min(filled, q_offset + q_len)
+        own = own & _without_padding(padding[:, kv_offset:filled], kv_len)
+    if place is not None:
+        row = (b,) if place.dim() == 2 else ()
+        return _canonical(Rules(own, lookup(place, *row, q_idx), lookup(place, *row, key)))
     if padding is None:
         return _canonical(Rules(own, q_idx, key))
-    # a static cache has room that is not filled yet, which causality hides in any case
-    filled = kv_offset + kv_len
-    if causal.at(kv_idx=key) in conjuncts(own):
-        filled = min(filled, q_offset + q_len)
-    own = own & _without_padding(padding[:, kv_offset:filled], kv_len)
     first = _per_row(padding.int().argmax(1))
     if first == 0:
         return _canonical(Rules(own, q_idx, key))
