@@ -101,7 +101,10 @@ def tensor_of(name: str, argument: str, value: Any, kind: str, dims: dict[int, s
             fix = " Use .long()." if is_dense else " Use .to_dense()."
     else:
         shown = f"{type(value).__name__}: {value!r}"
-    raise MaskError(f"{name} got {argument} = {shown}; it must be a {kind} tensor {text}.{fix}")
+    article = "an" if kind.startswith("integer") else "a"
+    raise MaskError(
+        f"{name} got {argument} = {shown}; it must be {article} {kind} tensor {text}.{fix}"
+    )
 
 
 def integers(name: str, argument: str, value: Any, shape: str) -> Tensor:

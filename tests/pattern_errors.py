@@ -50,7 +50,7 @@ ERRORS = [
     (lambda: window(0), "sees no key"),
     (lambda: window(2.0), r"window\(size=2.0\): size must be an int of 1 or more"),
     (lambda: sink(-1), "sink.*int of 0 or more"),
-    (lambda: prefix(BITS), r"prefix got length = torch.bool \(4,\); it must be a integer"),
+    (lambda: prefix(BITS), r"prefix got length = torch.bool \(4,\); it must be an integer"),
     (lambda: global_tokens(INTS), "must be a boolean tensor"),
     (lambda: same_document([0, 1]), "same_document got ids = list"),
     (lambda: packed(INTS + 1), "starts at 1"),
