@@ -246,6 +246,13 @@ def test_a_progress_bar_on_a_terminal_redraws_one_line(monkeypatch):
     assert "\r\033[KReading [############------------] 1/2 words" in sys.stderr.getvalue()
 
 
+def test_a_progress_bar_goes_on_without_a_console_and_without_steps(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    for live in (None, True):
+        with Progress("Reading", 0, live=live) as progress:
+            progress.tick()
+
+
 @pytest.mark.parametrize(
     ("ours", "theirs", "words"),
     [
