@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from flexsparse.analysis.classify import BlockClasses
+from flexsparse.text import amount
 
 
 class Cost(NamedTuple):
@@ -20,7 +21,7 @@ class Cost(NamedTuple):
     bytes: int
 
     def __str__(self) -> str:
-        return f"{self.blocks:,} blocks, {flops_text(self.flops)}, {bytes_text(self.bytes)}"
+        return f"{amount(self.blocks, 'block')}, {flops_text(self.flops)}, {bytes_text(self.bytes)}"
 
 
 def cost(classes: BlockClasses, n_heads: int, head_dim: int, element_size: int) -> Cost:
@@ -50,6 +51,13 @@ def flops_text(flops: int) -> str:
 def bytes_text(n: int) -> str:
     """Bytes with a prefix: '3.1 MiB'."""
     return _scaled(n, 1024, ("B", "KiB", "MiB", "GiB", "TiB", "PiB"))
+
+
+def time_text(seconds: float) -> str:
+    """A time with a unit that suits it: '0.035 ms', '12.3 ms', '1.23 s', '61 s'."""
+    if seconds >= 1:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.2f} s"
+    return f"{seconds * 1e3:.1f} ms" if seconds >= 1e-3 else f"{seconds * 1e3:.2g} ms"
 
 
 def _scaled(n: float, step: int, units: tuple[str, ...]) -> str:

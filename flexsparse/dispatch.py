@@ -143,6 +143,9 @@ def _run(
     """Run some heads of a launch: q holds these heads alone, k and v what they read."""
     scale, score_mod, dropout, return_lse = modifiers
     name = _choose(launch, q, k, v, modifiers, executor)
+    if name in ("sdpa", "flash", "gather") and scale is not None and scale <= 0:
+        # torch's kernels hide a key by a score of -inf, or take the largest, before they scale
+        q, scale = (-q, -scale) if scale < 0 else (q * 0, 1.0)
     if name == "sdpa":
         return sdpa.run(q, k, v, launch.mask, launch.grid, scale=scale)
     if name == "flash":

@@ -6,6 +6,7 @@ An expression is an immutable tree. It has no length, device or head count.
 from __future__ import annotations
 
 import operator
+import reprlib
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -268,8 +269,8 @@ def as_index(value: Index | int) -> Index:
             return read
     found = f"a tensor of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
     raise MaskError(
-        f"Index arithmetic takes integers and index expressions, not {found}: {value!r}. "
-        "Read a tensor with fs.lookup(table, *indices)."
+        f"Index arithmetic takes integers and index expressions, not {found}: "
+        f"{reprlib.repr(value)}. Read a tensor with fs.lookup(table, *indices)."
     )
 
 
@@ -336,7 +337,10 @@ def lookup(table: Tensor, *indices: Index | int) -> Any:
         indices: one index expression for each dimension. Out of range is an error when compiling.
     """
     if not isinstance(table, Tensor):
-        raise MaskError(f"lookup reads a torch.Tensor, not {type(table).__name__}: {table!r}.")
+        raise MaskError(
+            f"lookup reads a torch.Tensor, not {type(table).__name__}: {reprlib.repr(table)}. Make "
+            "one with torch.as_tensor."
+        )
     if table.layout != torch.strided or table.is_nested:
         kind = "nested" if table.is_nested else table.layout
         raise MaskError(f"lookup reads dense tensors, and the table is {kind}; use .to_dense().")

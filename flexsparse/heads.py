@@ -9,7 +9,7 @@ import torch
 
 from flexsparse.errors import MaskError
 from flexsparse.expr import Mask, h, lookup
-from flexsparse.text import shown
+from flexsparse.text import amount, shown
 
 
 @dataclass(frozen=True)
@@ -56,16 +56,16 @@ class PerHead:
     @property
     def name(self) -> str:
         """What messages and pictures call it."""
-        return f"per_head of {self.n_heads} heads"
+        return f"per_head of {amount(self.n_heads, 'head')}"
 
     def __str__(self) -> str:
         lines = [
             f"  {shown(mask)}   {counted('head', self.heads_of(place))}"
             for place, mask in enumerate(self.distinct)
         ]
-        return f"PerHead: {self.n_heads} heads, {len(self.distinct)} distinct masks\n" + "\n".join(
-            lines
-        )
+        heads = amount(self.n_heads, "head")
+        distinct = amount(len(self.distinct), "distinct mask")
+        return "\n".join([f"PerHead: {heads}, {distinct}", *lines])
 
     __repr__ = __str__
 

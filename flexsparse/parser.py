@@ -92,6 +92,8 @@ _TOKEN = re.compile(
     r"|(?P<op>//|<=|>=|==|[-+*%<>&|^~()\[\],.=]))"
 )
 _LITERALS = {"None": None}
+# how Python and other languages spell an operator, and how masks do
+_SPELLED = {"and": "&", "or": "|", "not": "~", "/": "//", "!": "~"}
 MOST_DIGITS = 100  # Python refuses to read thousands of them
 MOST_NESTED = 40  # each level takes a dozen of Python's frames
 
@@ -132,12 +134,18 @@ class _Parser:
             match = _TOKEN.match(self.text, place)
             if match is None:
                 place += len(self.text[place:]) - len(self.text[place:].lstrip())
-                self.fail(place + 1, f"{self.text[place]!r} is not part of the mask language")
+                self.refuse(self.text[place], place + 1)
             assert match.lastgroup is not None
             kind = match.lastgroup
             tokens.append((kind, match[kind], match.start(kind) + 1))
+            if kind == "name" and match[kind] in _SPELLED:
+                self.refuse(match[kind], match.start(kind) + 1)
             place = match.end()
         return [*tokens, ("end", "the end of the text", end + 1)]
+
+    def refuse(self, text: str, column: int) -> NoReturn:
+        fix = f"; write {_SPELLED[text]}" if text in _SPELLED else ""
+        self.fail(column, f"{text!r} is not part of the mask language{fix}")
 
     def fail(self, column: int, reason: str) -> NoReturn:
         pointer = " " * (column - 1) + "^"
@@ -154,8 +162,12 @@ class _Parser:
 
     def expect(self, text: str) -> None:
         if self.take(text) is None:
-            _, found, column = self.tokens[self.position]
-            self.fail(column, f"expected {text!r} and found {found!r}")
+            self.fail_here(repr(text))
+
+    def fail_here(self, expected: str) -> NoReturn:
+        kind, found, column = self.tokens[self.position]
+        what = found if kind == "end" else repr(found)
+        self.fail(column, f"expected {expected} and found {what}")
 
     def mask(self) -> Mask:
         value = self.masks()
@@ -165,9 +177,8 @@ class _Parser:
 
     def masks(self) -> Mask | PerHead:
         value = _bool_as_mask(self.comparison())
-        kind, found, column = self.tokens[self.position]
-        if kind != "end":
-            self.fail(column, f"expected an operator and found {found!r}")
+        if self.tokens[self.position][0] != "end":
+            self.fail_here("an operator")
         if not isinstance(value, (Mask, PerHead)):
             fix = "write one mask: a pattern, or a comparison such as kv_idx <= q_idx"
             if isinstance(value, (Index, int)):
@@ -270,6 +281,8 @@ class _Parser:
     def primary(self) -> Any:
         """A number, a string, a name, or what stands in brackets."""
         kind, text, column = self.tokens[self.position]
+        if kind in ("op", "end") and text not in ("(", "["):
+            self.fail_here("a pattern, a number or '('")
         self.position += 1
         if kind == "number":
             if len(text) > MOST_DIGITS:
@@ -282,8 +295,6 @@ class _Parser:
         if text == "(":
             values, is_tuple = self.items(")", column)
             return tuple(values) if is_tuple else values[0]
-        if text != "[":
-            self.fail(column, f"expected a pattern, a number or '(' and found {text!r}")
         return self.items("]", column)[0]
 
     def items(self, close: str, column: int) -> tuple[list[Any], bool]:
@@ -306,6 +317,8 @@ class _Parser:
         if text in _LITERALS:
             return _LITERALS[text]
         if text not in self.names:
+            if text == "lookup":
+                self.fail(column, "a text holds no tables; write a mask with lookup in Python")
             near = difflib.get_close_matches(text, self.names, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else "."
             known = ", ".join(sorted(self.names))

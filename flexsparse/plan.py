@@ -16,7 +16,7 @@ from flexsparse.expr import Mask, everything
 from flexsparse.heads import PerHead, counted, per_head
 from flexsparse.parser import parse
 from flexsparse.plan_json import grouped
-from flexsparse.text import formula, shown
+from flexsparse.text import amount, formula, shown
 
 Head = Mask | str | None  # a text only where it reads the number of keys
 Layer = tuple[Head, ...] | None
@@ -144,8 +144,8 @@ class SparsePlan:
         return cls(plan_json.read(path))
 
     def __str__(self) -> str:
-        heads = "" if self.n_heads is None else f" x {self.n_heads} query heads"
-        lines = [f"SparsePlan: {self.n_layers} layers{heads}"]
+        heads = "" if self.n_heads is None else f" x {amount(self.n_heads, 'query head')}"
+        lines = [f"SparsePlan: {amount(self.n_layers, 'layer')}{heads}"]
         for layer, numbers in grouped(self.layers).items():
             title = "  " + counted("layer", numbers)
             lines.append(title if layer else f"{title}   as the model has them")

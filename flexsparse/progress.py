@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import threading
 import time
@@ -27,7 +28,7 @@ class Progress:
     def __init__(self, job: str, total: int, what: str = "", *, live: bool | None = None) -> None:
         self.job, self.total, self.done, self.what = job, total, 0, what
         self._started = self._step_started = time.perf_counter()
-        self._stream = sys.stderr
+        self._stream = sys.stderr or io.StringIO()  # a program without a console has none
         self._live = self._stream.isatty() if live is None else live
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._refresh, daemon=True)
@@ -75,7 +76,7 @@ class Progress:
             self._draw()
 
     def _draw(self) -> None:
-        filled = BAR * min(self.done, self.total) // self.total
+        filled = BAR * min(self.done, self.total) // max(self.total, 1)
         bar = "#" * filled + "-" * (BAR - filled)
         since = time.perf_counter() - self._step_started
         self._stream.write(

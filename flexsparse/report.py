@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from flexsparse.cost import bytes_text, flops_text
+from flexsparse.cost import bytes_text, flops_text, time_text
 from flexsparse.executors import flex
 from flexsparse.heads import ranges
-from flexsparse.text import named_text
+from flexsparse.text import amount, named_text
 
 if TYPE_CHECKING:
     from flexsparse.compiler import CompiledMask
@@ -20,9 +20,10 @@ ELEMENT_SIZE = 2
 def text(compiled: CompiledMask) -> str:
     """The report of a compiled mask, a line for each launch."""
     q_block, kv_block = compiled.block_size
-    heads = "any number of heads" if compiled.n_heads is None else f"{compiled.n_heads} heads"
+    n_heads, q_len, kv_len = compiled.n_heads, compiled.q_len, compiled.kv_len
+    heads = "any number of heads" if n_heads is None else amount(n_heads, "head")
     title = (
-        f"CompiledMask: {heads}, {compiled.q_len:,} queries x {compiled.kv_len:,} keys, "
+        f"CompiledMask: {heads}, {amount(q_len, 'query', 'queries')} x {amount(kv_len, 'key')}, "
         f"blocks of {q_block} x {kv_block}, {compiled.device}"
     )
     rows: list[tuple[str, ...]] = [
@@ -51,7 +52,7 @@ def text(compiled: CompiledMask) -> str:
     proved = (
         "every block proved by intervals and witnesses"
         if not evaluated
-        else f"{evaluated:,} blocks evaluated element by element, the rest proved"
+        else f"{amount(evaluated, 'block')} evaluated element by element, the rest proved"
     )
     closing = [
         f"No rule for {', '.join(operators)}: blocks of {named_text(launch.mask, NAME_WIDTH)} "
@@ -70,7 +71,7 @@ def text(compiled: CompiledMask) -> str:
     closing += [
         f"FLOPs and bytes: one forward pass of a {of_each}, head_dim {HEAD_DIM}, 16 bits.",
         f"All heads compute {density:.2%} of the blocks of dense attention.",
-        f"Compiled in {compiled.compile_seconds * 1e3:.1f} ms: {proved}.",
+        f"Compiled in {time_text(compiled.compile_seconds)}: {proved}.",
     ]
     return "\n".join([title, *table(rows), *closing])
 

@@ -56,6 +56,11 @@ def shorten(text: str, width: int) -> str:
     return text if len(text) <= width else text[: width - 3] + "..."
 
 
+def amount(n: int, one: str, more: str | None = None) -> str:
+    """A number and what it counts: '1 query', '4,096 queries'; more is one + 's' by default."""
+    return f"{n:,} {one if n == 1 else more or one + 's'}"
+
+
 def _write(root: Expr, use_labels: bool, most: int) -> str:
     written: list[str] = []
     length = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -100,8 +101,12 @@ def tensor_of(name: str, argument: str, value: Any, kind: str, dims: dict[int, s
         if found in kind and not is_known:
             fix = " Use .long()." if is_dense else " Use .to_dense()."
     else:
-        shown = f"{type(value).__name__}: {value!r}"
-    raise MaskError(f"{name} got {argument} = {shown}; it must be a {kind} tensor {text}.{fix}")
+        shown = f"{type(value).__name__}: {reprlib.repr(value)}"
+        fix = " Make one with torch.as_tensor." if isinstance(value, (list, tuple)) else ""
+    article = "an" if kind.startswith("integer") else "a"
+    raise MaskError(
+        f"{name} got {argument} = {shown}; it must be {article} {kind} tensor {text}.{fix}"
+    )
 
 
 def integers(name: str, argument: str, value: Any, shape: str) -> Tensor:

@@ -277,6 +277,12 @@ def test_up_to_64_tokens_hover_names_query_and_key(chromium):
         assert text == f"all heads, query {row + 2}, key {column}: {state}"
 
 
+def test_one_query_is_not_called_queries(chromium):
+    show(chromium, html(compile_mask(causal & window(300), 400, 400, device="cpu").row(350)))
+    text = chromium.run("document.querySelector('.flexsparse-shown').textContent")
+    assert text == "Shown: query 350, keys 0-399"
+
+
 def test_a_million_tokens_show_a_sink_of_one_block_and_zoom_to_it(chromium):
     show(chromium, html(compile_mask(STREAMING, 1 << 20, 1 << 20, device="cpu")))
     script = """(canvas => {

@@ -10,8 +10,9 @@ import torch
 
 from flexsparse import compile_mask, kv_idx, q_idx
 from flexsparse.commands import main, real_model
-from flexsparse.commands.arguments import CommandError, duration, ratio
+from flexsparse.commands.arguments import CommandError, ratio
 from flexsparse.commands.demo import choose, mass_kept, synthetic_layer
+from flexsparse.cost import time_text
 from flexsparse.drawing.terminal import Ink, picture, pooled_states
 from flexsparse.masks import causal, full, sink, window
 from flexsparse.progress import Progress
@@ -140,6 +141,9 @@ def test_show_draws_each_mask_that_heads_have(capsys):
         (["show", "causal", "--len", "99999999999"], r"must be at most 2,147,483,647"),
         (["show", "causal", "--len", "999999999", "--block-size", "1"], r"a larger --block-size"),
         (["run", "causal", "--len", "64", "--heads", "3", "--kv-heads", "2"], r"multiple of the 2"),
+        (["bench", "--figure", "x.jsonl"], r"--figure x.jsonl: a picture's name ends in .pdf or"),
+        (["eval", "--mask", "causal", "--figure", "x"], r"a picture's name ends in"),
+        (["eval", "--text", "nowhere.txt"], r"cannot read --text nowhere.txt: No such file or"),
         (["run", "causal", "--len", "99999999", "--heads", "9999"], r"GiB are free"),
     ],
 )
@@ -161,6 +165,7 @@ def test_bad_input_is_one_message_on_stderr_and_exit_code_2(argv, message, capsy
         ["show", "causal", "--len", "many"],
         ["run", "causal", "--len", "64", "--dtype", "int8"],
         ["demo", "--keep", "2"],
+        ["search", "plan.json", "--density", "2"],
         ["demo", "--synthetic", "--model", "x"],
     ],
 )
@@ -241,6 +246,13 @@ def test_a_progress_bar_on_a_terminal_redraws_one_line(monkeypatch):
     assert "\r\033[KReading [############------------] 1/2 words" in sys.stderr.getvalue()
 
 
+def test_a_progress_bar_goes_on_without_a_console_and_without_steps(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    for live in (None, True):
+        with Progress("Reading", 0, live=live) as progress:
+            progress.tick()
+
+
 @pytest.mark.parametrize(
     ("ours", "theirs", "words"),
     [
@@ -254,7 +266,8 @@ def test_times_are_compared_in_words(ours, theirs, words):
 
 
 def test_times_have_units():
-    assert [duration(x) for x in (0.0123, 1.234, 61.2)] == ["12.3 ms", "1.23 s", "61 s"]
+    times = [time_text(x) for x in (0.000035, 0.0123, 1.234, 61.2)]
+    assert times == ["0.035 ms", "12.3 ms", "1.23 s", "61 s"]
 
 
 @pytest.mark.slow

@@ -217,6 +217,18 @@ def test_scale_and_score_mod_see_heads_and_positions(executor):
         torch.testing.assert_close(out[:, head], expected)
 
 
+@pytest.mark.parametrize("scale", [0.0, -0.3])
+@pytest.mark.parametrize("mask", [causal, full], ids=str)
+def test_a_scale_that_is_not_positive(mask, scale):
+    tensors = [x.double().requires_grad_() for x in inputs(150, 150, n_kv_heads=2)]
+    attend = compile_mask(mask, 150, 150)
+    assert attend.launches[0].usual_executor == "sdpa"
+    out, exact = (attend(*tensors, scale=scale, executor=x) for x in (None, "reference"))
+    torch.testing.assert_close(out, exact)
+    grads = [torch.autograd.grad(x.square().sum(), tensors) for x in (out, exact)]
+    torch.testing.assert_close(*grads)
+
+
 def test_gradients_on_cpu():
     q, k, v = (x.requires_grad_() for x in inputs(150, 200, n_kv_heads=2))
     out = compile_mask(STREAMING, 150, 200)(q, k, v)

@@ -412,7 +412,27 @@ def test_up_to_64_tokens_the_elements_are_drawn():
 def test_many_distinct_masks_are_cut_off_and_that_is_said():
     figure = draw(per_head([causal & window(n) for n in range(1, 41)]), 256)
     assert "8 more distinct masks are left out" in texts(figure)
+    assert "Of the masks shown, " in texts(figure)
     assert len(figure.axes[0].images) == 32 + 3
+
+
+@pytest.mark.parametrize(
+    "figure",
+    [
+        lambda: draw(causal, 100_000, 128),
+        lambda: draw(STREAMING, 1, 1_000_001),
+        lambda: draw(causal, 300, title="a title that goes on " * 10),
+        lambda: draw(causal, 64, labels=[f"token {i}" for i in range(64)]),
+    ],
+    ids=["positions before 0", "a late query", "a long title", "64 labels"],
+)
+def test_texts_stand_on_the_page_and_not_on_each_other(figure):
+    figure = figure()
+    figure.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in figure.axes[0].texts]
+    assert min(box.x0 for box in boxes) >= 0
+    assert max(box.x1 for box in boxes) <= figure.bbox.width
+    assert not any(one.overlaps(two) for one, two in itertools.combinations(boxes, 2))
 
 
 # compare and zoom

@@ -17,7 +17,7 @@ from flexsparse import (
     where,
 )
 from flexsparse.masks import causal, sink, window
-from flexsparse.text import MOST_WRITTEN, formula, shown
+from flexsparse.text import MOST_WRITTEN, amount, formula, shown
 
 NAMES = vars(masks)
 READS = [
@@ -31,7 +31,11 @@ READS = [
 ]
 MISTAKES = [
     ("causal & windw(3)", 10, "unknown name 'windw'; did you mean 'window'"),
-    ("causal & ", 9, "found 'the end of the text'"),
+    ("causal & ", 9, "found the end of the text"),
+    ("(causal and window(3))", 9, "'and' is not part of the mask language; write &"),
+    ("not causal", 1, "write ~"),
+    ("q_idx / 2 < kv_idx", 7, "write //"),
+    ("lookup(int64[4], q_idx) < 1", 1, "a text holds no tables"),
     ("causal causal", 8, "expected an operator and found 'causal'"),
     ("causal & $", 10, r"'\$' is not part of the mask language"),
     ("0 <= q_idx <= 4", 12, "comparisons do not chain"),
@@ -57,6 +61,15 @@ MISTAKES = [
     ("'causal'", 1, "the text is 'causal', not a mask; write one mask"),
     ("minimum(True, 3) < q_idx", 1, "not Mask: True"),
 ]
+
+
+def test_one_of_a_thing_is_not_many():
+    assert amount(1, "query", "queries") == "1 query"
+    assert amount(4096, "query", "queries") == "4,096 queries"
+    report = str(compile_mask(per_head([causal]), 1, 1, device="cpu"))
+    assert report.startswith("CompiledMask: 1 head, 1 query x 1 key, ")
+    assert str(compile_mask(causal, 9, 9, device="cpu").cost()).startswith("1 block, ")
+    assert str(per_head([causal])).startswith("PerHead: 1 head, 1 distinct mask\n")
 
 
 @pytest.mark.parametrize(("text", "mask"), READS, ids=lambda x: str(x)[:30])

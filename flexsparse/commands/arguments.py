@@ -16,6 +16,8 @@ from flexsparse.expr import Mask
 from flexsparse.heads import PerHead
 from flexsparse.parser import parse, parse_heads
 
+PICTURES = (".pdf", ".png", ".svg")  # what matplotlib writes by itself
+
 
 class CommandError(Exception):
     """A command cannot go on; the text says why and what to do."""
@@ -29,6 +31,17 @@ def positive(text: str) -> int:
         number = 0
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+    return number
+
+
+def fraction(text: str) -> float:
+    """An argument that is a part of something: a number from 0 to 1."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
     return number
 
 
@@ -54,6 +67,13 @@ def check_writable(path: str | None) -> None:
         raise CommandError(f"cannot write {path}: {error.strerror}") from None
     if is_new:
         os.remove(path)  # the run may fail, and leaves no empty file then
+
+
+def check_picture(path: str | None) -> None:
+    """Raise now if a picture cannot be written there, as its format is the end of its name."""
+    if path is not None and not path.lower().endswith(PICTURES):
+        raise CommandError(f"--figure {path}: a picture's name ends in {' or '.join(PICTURES)}.")
+    check_writable(path)
 
 
 def device_here() -> torch.device:
@@ -115,13 +135,6 @@ def dense_attention(
     return torch.nn.functional.scaled_dot_product_attention(
         q, k, v, is_causal=causal, scale=scale, enable_gqa=gqa
     )
-
-
-def duration(value: float) -> str:
-    """A time with a unit that suits it."""
-    if value >= 10:
-        return f"{value:.0f} s"
-    return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.1f} ms"
 
 
 def ratio(ours: float, theirs: float) -> str:

@@ -14,6 +14,7 @@ from flexsparse.benchmark.table import bars, table_text, x_text
 from flexsparse.benchmark.workloads import PRESETS, Shape, Workload, workloads
 from flexsparse.commands.arguments import (
     CommandError,
+    check_picture,
     check_writable,
     device_here,
     device_name,
@@ -65,8 +66,8 @@ def run(args: argparse.Namespace) -> int:
     reason = _too_large(max(args.len, default=0), shape, device)
     if reason is not None:
         raise CommandError(f"--len {max(args.len):,}: {reason}; make it or --heads smaller.")
-    for path in (args.save, args.figure):
-        check_writable(path)
+    check_writable(args.save)
+    check_picture(args.figure)
     found = [
         workload
         for preset in presets

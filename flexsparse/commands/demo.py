@@ -13,7 +13,7 @@ from flexsparse.commands.arguments import (
     dense_attention,
     device_here,
     device_name,
-    duration,
+    fraction,
     medians,
     positive,
     ratio,
@@ -21,12 +21,13 @@ from flexsparse.commands.arguments import (
 )
 from flexsparse.commands.real_model import PACKAGE, Layer, layers_of
 from flexsparse.compiler import compile_mask
+from flexsparse.cost import time_text
 from flexsparse.expr import Mask
 from flexsparse.heads import per_head
 from flexsparse.masks import causal, sink, window
 from flexsparse.progress import Progress
 from flexsparse.report import table
-from flexsparse.text import named_text
+from flexsparse.text import amount, named_text
 
 ELEMENTS_AT_ONCE = 1 << 22
 WINDOWS = (128, 256, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192, 16384, 32768)
@@ -79,21 +80,11 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--len", type=positive, default=4096, help="tokens (default: 4096)")
     parser.add_argument(
         "--keep",
-        type=_part,
+        type=fraction,
         default=0.9,
         help="attention mass a head's pattern must keep, 0 to 1 (default: 0.9)",
     )
     parser.set_defaults(command=demo)
-
-
-def _part(text: str) -> float:
-    try:
-        part = float(text)
-    except ValueError:
-        part = -1.0
-    if not 0 <= part <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
-    return part
 
 
 def demo(args: argparse.Namespace) -> int:
@@ -101,7 +92,7 @@ def demo(args: argparse.Namespace) -> int:
     device = device_here()
     model = args.model or ("random tensors" if args.synthetic else f"Gemma 3 270M ({PACKAGE})")
     print(
-        f"flexsparse demo: {model}, {args.len:,} tokens, on {device_name(device)}.\n"
+        f"flexsparse demo: {model}, {amount(args.len, 'token')}, on {device_name(device)}.\n"
         "Each attention head gets the cheapest of a list of sparse patterns that keeps "
         f"{args.keep:.0%} of its\nattention (tried on every {SAMPLE}th query). All heads then run "
         "in one call, beside dense\nattention on the same inputs.",
@@ -234,10 +225,10 @@ def _measured(layer: Layer, choices: list[Choice], device: torch.device) -> list
         f"{layer.name}: {q.shape[1]} query heads on {k.shape[1]} of keys and values, "
         f"head_dim {q.shape[3]}",
         *table(rows),
-        f"  Time: {duration(ours)} for all heads, {duration(theirs)} for dense attention: "
+        f"  Time: {time_text(ours)} for all heads, {time_text(theirs)} for dense attention: "
         f"{ratio(ours, theirs)} dense (median of {runs}).",
-        f"  Masks compiled in {attend.compile_seconds * 1e3:.1f} ms; the first call took "
-        f"{duration(first)}, kernels included.",
+        f"  Masks compiled in {time_text(attend.compile_seconds)}; the first call took "
+        f"{time_text(first)}, kernels included.",
         "",
     ]
 

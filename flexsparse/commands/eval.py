@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flexsparse.commands.arguments import (
     CommandError,
-    check_writable,
+    check_picture,
     device_here,
     device_name,
     positive,
@@ -101,7 +101,7 @@ def _numbers(text: str) -> list[int]:
 def evaluate(args: argparse.Namespace) -> int:
     """Print the tables and write the picture."""
     text = text_of(args)
-    check_writable(args.figure)
+    check_picture(args.figure)
     saved = [SparsePlan.load(path) for path in args.plans]
     masks = [read_mask(mask) for mask in args.mask]
     device = device_here()
@@ -146,7 +146,8 @@ def text_of(args: argparse.Namespace) -> str:
     try:
         return Path(args.text).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise CommandError(f"cannot read --text {args.text}: {error}") from None
+        reason = getattr(error, "strerror", None) or error
+        raise CommandError(f"cannot read --text {args.text}: {reason}") from None
 
 
 def sequences_of(args: argparse.Namespace, model: Any, tokenizer: Any, text: str) -> Tensor:

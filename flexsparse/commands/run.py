@@ -13,7 +13,6 @@ from flexsparse.commands.arguments import (
     dense_attention,
     device_here,
     device_name,
-    duration,
     free_bytes,
     medians,
     positive,
@@ -23,6 +22,7 @@ from flexsparse.commands.arguments import (
 )
 from flexsparse.commands.show import add_mask_arguments, compiled_from
 from flexsparse.compiler import CompiledMask
+from flexsparse.cost import time_text
 from flexsparse.heads import PerHead
 
 # the largest error of an output, relative to the largest output, that still counts as equal
@@ -66,15 +66,15 @@ def run(args: argparse.Namespace) -> int:
     )
     result: list[Tensor] = []
     first = seconds(lambda: result.append(attend(q, k, v)), device)
-    print(f"  first call      {duration(first):>10}   kernels compiled for this structure of mask")
+    print(f"  first call      {time_text(first):>10}   kernels compiled for this structure of mask")
 
     square = q.shape[2] == k.shape[2]
     (ours, dense), runs = medians(
         [lambda: attend(q, k, v), lambda: dense_attention(q, k, v, causal=square)], device
     )
     kind = "causal" if square else "no mask"
-    print(f"  this mask       {duration(ours):>10}   median of {runs} calls")
-    print(f"  dense attention {duration(dense):>10}   torch's own, {kind}, in turns with ours")
+    print(f"  this mask       {time_text(ours):>10}   median of {runs} calls")
+    print(f"  dense attention {time_text(dense):>10}   torch's own, {kind}, in turns with ours")
     print(f"  this mask is {ratio(ours, dense)} dense attention")
     return _check(attend, q, k, v, result[0], ALLOWED_ERROR[args.dtype])
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from flexsparse.commands.arguments import check_writable, device_here, positive, read_mask
+from flexsparse.commands.arguments import check_writable, device_here, fraction, positive, read_mask
 from flexsparse.commands.eval import add_text_arguments, sequences_of, text_of
 from flexsparse.commands.real_model import load
 from flexsparse.plan import SparsePlan
@@ -26,7 +26,7 @@ def add_to(commands: Any) -> None:
     )
     parser.add_argument("plan", metavar="PLAN.json", help="where the plan is saved")
     parser.add_argument(
-        "--density", type=float, required=True, help="blocks computed, as a part of all: 0.25"
+        "--density", type=fraction, required=True, help="blocks computed, as a part of all: 0.25"
     )
     parser.add_argument(
         "--criterion",

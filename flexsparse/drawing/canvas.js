@@ -129,7 +129,10 @@
     if (still) still.style.display = "none";
     part("live").style.display = "";
 
-    const range = (from, to) => (to - from > 1 ? `s ${numbers.format(from)}-${numbers.format(to - 1)}` : ` ${numbers.format(from)}`);
+    const range = ([one, more], [from, to]) => (to - from > 1
+      ? `${more} ${numbers.format(from)}-${numbers.format(to - 1)}` : `${one} ${numbers.format(from)}`);
+    const tokensOf = [["query", "queries"], ["key", "keys"]];
+    const blocksOf = [["q block", "q blocks"], ["kv block", "kv blocks"]];
     const cells = (place, axis) => {
       const from = place * spec.side[axis], all = Math.ceil(spec.lengths[axis] / spec.block[axis]);
       return [from, Math.min(from + spec.side[axis], all)];
@@ -138,25 +141,21 @@
       const offset = axis ? 0 : spec.q_offset;
       return [from * spec.block[axis] + offset, Math.min(to * spec.block[axis], spec.lengths[axis]) + offset];
     };
-    const named = (place, axis) => {
-      const what = axis ? "key" : "query";
-      const [from, to] = tokens(cells(place, axis), axis);
-      return (to - from > 1 && !axis ? "querie" : what) + range(from, to);
-    };
+    const named = (place, axis) => range(tokensOf[axis], tokens(cells(place, axis), axis));
     function describe(panel, row, column) {
       const value = valueAt(grids[panel], row, column), who = spec.panels[panel].who;
       if (spec.elements) return `${who}, ${named(row, 0)}, ${named(column, 1)}: ${value < 0 ? "masked" : "kept"}`;
       const state = value < 0 ? "empty" : value === FULL ? "full"
         : value === UNKNOWN ? "partial, not counted"
         : `partial, ${value === UNDER_1 ? "under 1" : value === OVER_99 ? "over 99" : value} %`;
-      const place = `q block${range(...cells(row, 0))}, kv block${range(...cells(column, 1))}`;
+      const place = [row, column].map((cell, axis) => range(blocksOf[axis], cells(cell, axis))).join(", ");
       return `${who}, ${place}: ${state}\n${named(row, 0)}, ${named(column, 1)}`;
     }
     function shown() {
       const [top, left] = [view.y, view.x].map(Math.floor);
       const bottom = Math.ceil(view.y + view.height) - 1, right = Math.ceil(view.x + view.width) - 1;
       const span = (a, b, axis) => [tokens(cells(a, axis), axis)[0], tokens(cells(b, axis), axis)[1]];
-      return `Shown: querie${range(...span(top, bottom, 0))}, key${range(...span(left, right, 1))}`;
+      return `Shown: ${range(tokensOf[0], span(top, bottom, 0))}, ${range(tokensOf[1], span(left, right, 1))}`;
     }
 
     let queued = false;

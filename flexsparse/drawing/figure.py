@@ -63,7 +63,7 @@ def draw(
     reason = _unusable(labels, found[0].grid)
     if reason is not None:
         raise MaskError(reason)
-    layout = Layout.of(len(found))
+    layout = Layout.of(len(found), labels=len(labels or ()))
     return picture(panels(found, layout.pools), layout, labels, title)
 
 

@@ -89,14 +89,15 @@ def draw_key(sheet: Sheet, keys: Sequence[Key], x: float, y: float) -> None:
 def notes(shown: Panels) -> list[str]:
     """What the picture does not show by itself, a sentence each."""
     first = shown.shown[0]
+    of_those = "Of the masks shown, " if shown.left_out else ""
     elements = shown.weighted([panel.element_density for panel in shown.shown])
     lines = []
     if first.elements is not None:
-        lines.append(f"{percent(elements)} of the elements are kept.")
+        lines.append(f"{of_those}{percent(elements)} of the elements are kept.")
         bars = "keys that a query sees"
     else:
         blocks = shown.weighted([panel.block_density for panel in shown.shown])
-        lines.append(f"{percent(blocks)} of all blocks are computed; {_kept(elements)}.")
+        lines.append(f"{of_those}{percent(blocks)} of all blocks are computed; {_kept(elements)}.")
         high, wide = first.pools.side
         if (high, wide) != (1, 1):
             lines.append(

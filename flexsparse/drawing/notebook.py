@@ -8,6 +8,7 @@ from html import escape
 from typing import Any, NamedTuple
 
 from flexsparse.compiler import CompiledMask
+from flexsparse.cost import time_text
 from flexsparse.default_device import cpu_by_default
 from flexsparse.drawing.canvas import canvas
 from flexsparse.drawing.figure import picture
@@ -20,7 +21,7 @@ from flexsparse.drawing.words import percent
 from flexsparse.errors import MaskError
 from flexsparse.expr import Mask
 from flexsparse.heads import PerHead
-from flexsparse.text import SHOWN, formula, shown
+from flexsparse.text import SHOWN, amount, formula, shown
 
 LONGEST = 8192  # tokens at which a mask without lengths is shown
 LONGEST_OPAQUE = 1024  # where every element may have to be looked at
@@ -85,9 +86,10 @@ def _facts(drawn: Any, found: Sequence[Plane]) -> list[str]:
     grid = found[0].grid
     facts = [lengths_text(grid, with_blocks=True)]
     if isinstance(drawn, CompiledMask):
-        heads = "any number of heads" if drawn.n_heads is None else f"{drawn.n_heads} heads"
+        n_heads = drawn.n_heads
+        heads = "any number of heads" if n_heads is None else amount(n_heads, "head")
         facts[0] = f"{heads}, {facts[0]}, {drawn.device}"
-        facts.append(f"Compiled in {drawn.compile_seconds * 1e3:.1f} ms.")
+        facts.append(f"Compiled in {time_text(drawn.compile_seconds)}.")
     return facts
 
 

@@ -8,7 +8,9 @@ from typing import NamedTuple
 from flexsparse.analysis.cells import Grid
 from flexsparse.drawing.frame import BARS, Frame, Sides
 from flexsparse.drawing.panels import MOST_PANELS
-from flexsparse.drawing.paper import DPI, QUIET, Sheet
+from flexsparse.drawing.paper import DPI, QUIET, Sheet, wrapped
+from flexsparse.drawing.words import tokens
+from flexsparse.text import amount
 
 # up to how many panels, how many in a row, and the width of the cells of each in inches
 LAYOUTS = (
@@ -22,7 +24,8 @@ LAYOUTS = (
 MOST_POOLS = 128
 MARGIN, LEFT, RIGHT, GAP, FOOTER, TITLE = 0.2, 0.66, 0.5, 0.34, 0.3, 0.5  # inches
 NAME_LINE, NOTE_LINE, TOP_AXIS = 0.135, 0.115, 0.17
-LETTER = 0.065  # of a token label
+LETTER, DIGIT = 0.065, 0.051  # of a token label, and of the positions on an axis
+LABEL = 0.1  # from one token label to the next
 LEAST_WIDTH = 6.6  # takes the key to the colours
 
 
@@ -39,10 +42,11 @@ class Layout(NamedTuple):
     room: float
 
     @classmethod
-    def of(cls, count: int, *, bars: bool = True) -> Layout:
-        """The layout for a number of panels, with or without bars of work."""
+    def of(cls, count: int, *, bars: bool = True, labels: int = 0) -> Layout:
+        """The layout for a number of panels, with or without bars of work and token labels."""
         count = min(count, MOST_PANELS)
         _, in_row, width = next(x for x in LAYOUTS if count <= x[0])
+        width = max(width, labels * LABEL)
         return cls(min(in_row, count), width, width * BARS if bars else 0)
 
     @property
@@ -82,11 +86,13 @@ def page(
     names = max(tile.name.count("\n") + 1 for tile in tiles)
     texts = max(tile.text.count("\n") + 1 for tile in tiles)
     header = names * NAME_LINE + texts * NOTE_LINE + TOP_AXIS
-    left = LEFT + longest_label * LETTER
+    positions = f"query {tokens(grid.q_offset)}", tokens(grid.q_offset + grid.q_len)
+    left = max(LEFT, 0.05 + max(map(len, positions)) * DIGIT) + longest_label * LETTER
     across = width + layout.room + GAP
     down = header + height + FOOTER
     below = TITLE + -(-len(tiles) // layout.in_row) * down + longest_label * LETTER
     sheet = Sheet(max(left + layout.in_row * across - GAP + RIGHT, LEAST_WIDTH), below + foot)
+    title = wrapped(title, sheet.width - 2 * MARGIN, 11, 1)
     sheet.text(MARGIN, 0.16, title, size=11, weight="bold")
     for i, tile in enumerate(tiles):
         row, column = divmod(i, layout.in_row)
@@ -103,7 +109,6 @@ def page(
 
 def lengths_text(grid: Grid, *, with_blocks: bool) -> str:
     """'4,096 queries × 4,096 keys, in blocks of 128 × 128'."""
-    queries = "1 query" if grid.q_len == 1 else f"{grid.q_len:,} queries"
-    text = f"{queries} × {grid.kv_len:,} key{'s' if grid.kv_len > 1 else ''}"
+    text = f"{amount(grid.q_len, 'query', 'queries')} × {amount(grid.kv_len, 'key')}"
     q_block, kv_block = grid.block_size
     return f"{text}, in blocks of {q_block} × {kv_block}" if with_blocks else text

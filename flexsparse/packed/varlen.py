@@ -25,6 +25,7 @@ from flexsparse.modifiers import Modifiers
 from flexsparse.packed.cu_seqlens import first_positions, lengths
 from flexsparse.packed.packing import Pack, PackedTokens
 from flexsparse.tensors import ScoreMod
+from flexsparse.text import amount
 
 PLANS_KEPT = 64
 
@@ -274,9 +275,10 @@ class VarlenMask:
         )
 
     def __str__(self) -> str:
+        queries = amount(sum(self.q_lens), "query", "queries")
         title = (
-            f"VarlenMask: {len(self.q_lens)} sequences, {sum(self.q_lens):,} queries and "
-            f"{sum(self.kv_lens):,} keys, run as "
+            f"VarlenMask: {amount(len(self.q_lens), 'sequence')}, {queries} and "
+            f"{amount(sum(self.kv_lens), 'key')}, run as "
             f"{'a batch' if self.is_batch else 'one packed sequence'}"
         )
         return f"{title}\n{self.compiled}" if self.compiled is not None else title

@@ -17,7 +17,7 @@ from flexsparse.errors import MaskError
 from flexsparse.expr import Mask, nothing
 from flexsparse.heads import PerHead, not_a_mask
 from flexsparse.questions.cases import Case, cases, missing_argument
-from flexsparse.text import shorten, shown
+from flexsparse.text import amount, shorten, shown
 from flexsparse.tree import kept_at
 
 BLOCKS_SHOWN = 8
@@ -68,14 +68,15 @@ class Difference:
     def __str__(self) -> str:
         a, b = shorten(self.a, NAME_WIDTH), shorten(self.b, NAME_WIDTH)
         if self.pair is None:
-            return f"no difference, proved in all of {self.of_blocks:,} blocks\n  a: {a}\n  b: {b}"
+            every = "the only block" if self.of_blocks == 1 else f"all of {self.of_blocks:,} blocks"
+            return f"no difference, proved in {every}\n  a: {a}\n  b: {b}"
         at = self.pair
         keeps, drops = ("a", "b") if at.kept_by == "a" else ("b", "a")
         more = self.blocks - len(self.first_blocks)
         shown = ", ".join(f"({x.b}, {x.h}, {x.row}, {x.column})" for x in self.first_blocks)
         return "\n  ".join(
             [
-                f"{self.blocks:,} of {self.of_blocks:,} blocks differ",
+                f"{self.blocks:,} of {amount(self.of_blocks, 'block')} differ",
                 f"a: {a}",
                 f"b: {b}",
                 f"blocks (b, h, row, column): {shown}" + (f" and {more:,} more" if more else ""),
