@@ -34,6 +34,9 @@ from flexsparse.questions.difference import Difference, diff
 from flexsparse.questions.explanation import Explanation, explain
 from flexsparse.tracing import from_mask_mod
 
+# isort: split
+from flexsparse import masks  # the last: patterns are written in the names above
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -62,6 +65,7 @@ __all__ = [
     "h",
     "kv_idx",
     "lookup",
+    "masks",
     "maximum",
     "minimum",
     "nothing",

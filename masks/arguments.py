@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import reprlib
 from collections.abc import Sequence
 from typing import Any
@@ -26,7 +27,17 @@ def at_least(name: str, least: int, /, **values: object) -> None:
         if not is_int(value) or value < least:  # type: ignore[operator]
             raise MaskError(
                 f"{name}({argument}={value!r}): {argument} must be an int of {least} or more."
+                + _conversion(argument, value)
             )
+
+
+def _conversion(argument: str, value: object) -> str:
+    """How to make an int of what holds one: a number of numpy's, a tensor without dimensions."""
+    try:
+        operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return ""
+    return "" if isinstance(value, int) else f" Write int({argument})."
 
 
 def counts(name: str, /, **values: object) -> None:

@@ -227,6 +227,9 @@ def clusters(q_cluster: Tensor, k_cluster: Tensor | None = None, is_causal: bool
         k_cluster: the same for keys; the queries' by default.
         is_causal: keep only keys up to the query.
 
+    Images in a causal text compile sooner as causal | (kv_idx < lookup(ends, q_idx)), where ends[i]
+    is the end of the image of token i, and 0 outside of images.
+
     Source: Routing Transformer (arXiv 2003.05997), hard assignment: a token is in one cluster.
     """
     booleans("clusters", is_causal=is_causal)

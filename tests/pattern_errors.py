@@ -49,6 +49,7 @@ BITS = INTS > 1
 ERRORS = [
     (lambda: window(0), "sees no key"),
     (lambda: window(2.0), r"window\(size=2.0\): size must be an int of 1 or more"),
+    (lambda: window(torch.tensor(3)), r"window\(size=tensor\(3\)\): .* Write int\(size\)"),
     (lambda: sink(-1), "sink.*int of 0 or more"),
     (lambda: prefix(BITS), r"prefix got length = torch.bool \(4,\); it must be an integer"),
     (lambda: global_tokens(INTS), "must be a boolean tensor"),
