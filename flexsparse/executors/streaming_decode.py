@@ -65,8 +65,7 @@ def streaming_decode_kernel(
         offset = tl.load(q_offset + batch)
     r0 = tl.program_id(0) % n_row_tiles * BLOCK_ROWS
     r = r0 + tl.arange(0, BLOCK_ROWS)
-    valid = r // group_size < q_len
-    row = tl.minimum(r // group_size, q_len - 1)  # [BLOCK_ROWS]
+    row = r // group_size  # [BLOCK_ROWS]
     head = kv_head * group_size + r % group_size
     p = row + offset
     s = tl.load(sink + head)
@@ -82,7 +81,8 @@ def streaming_decode_kernel(
     batch64 = batch.to(tl.int64)
     k_ptr += kv_head.to(tl.int64) * stride_kh
     v_ptr += kv_head.to(tl.int64) * stride_vh
-    q_offsets = batch64 * stride_qb + head.to(tl.int64) * stride_qh + row.to(tl.int64) * stride_qn
+    q_row = tl.minimum(row, q_len - 1).to(tl.int64)
+    q_offsets = batch64 * stride_qb + head.to(tl.int64) * stride_qh + q_row * stride_qn
     q = load_rows(q_ptr, q_offsets, HEAD_DIM, BLOCK_D)  # [BLOCK_ROWS, HEAD_DIM]
     state = no_keys_yet(BLOCK_ROWS, BLOCK_DV)
     per_split = (n_tiles + n_splits - 1) // n_splits
@@ -109,8 +109,8 @@ def streaming_decode_kernel(
     out, lse = out_and_lse(state)
     n_batch = tl.num_programs(0) // n_row_tiles // n_kv_heads
     at = ((split * n_batch + batch) * n_heads + head).to(tl.int64) * q_len + row
-    store_rows(out_ptr, at * V_DIM, valid, out, V_DIM, BLOCK_DV)
-    tl.store(lse_ptr + at, lse, mask=valid)
+    store_rows(out_ptr, at * V_DIM, row < q_len, out, V_DIM, BLOCK_DV)
+    tl.store(lse_ptr + at, lse, mask=row < q_len)
 
 
 @triton.jit(do_not_specialize=["n_splits", "n_rows"])
