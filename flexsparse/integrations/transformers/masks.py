@@ -12,7 +12,6 @@ from flexsparse.analysis.cells import Grid
 from flexsparse.analysis.validate import problem
 from flexsparse.compiler import CompiledMask
 from flexsparse.errors import ExecutorError, MaskError
-from flexsparse.expr import Mask
 from flexsparse.heads import PerHead
 from flexsparse.integrations.transformers import rules
 from flexsparse.integrations.transformers.rows import ALL_HEADS, Pick, pick
@@ -152,8 +151,8 @@ class RowMask(ModelMask):
         device = self.kept.device
         batch = torch.arange(self.batch, device=device).view(-1, 1, 1, 1)
         kept = self.kept.repeat(1, masks.n_heads, 1, 1)
-        for mask, of_mask in _with_heads(masks):
-            heads = torch.tensor(of_mask, device=device)
+        for place, mask in enumerate(masks.distinct):
+            heads = torch.tensor(masks.heads_of(place), device=device)
             # dynamo asks a callable object for its truth value before it calls it (torch 2.11)
             seen = mask.__call__(batch, heads.view(1, -1, 1, 1), self.q_place, self.kv_place)
             kept[:, heads] &= seen
@@ -161,18 +160,10 @@ class RowMask(ModelMask):
 
     def _refuse_unsound(self, masks: PerHead) -> None:
         """Raise where a table is read out of range, in the words in which blocks are refused."""
-        for mask, heads in _with_heads(masks):
+        for place, mask in enumerate(masks.distinct):
             if mask.tables:
                 q, kv = int(self.q_place.max()), int(self.kv_place.max())
-                grid = Grid(1, kv + 1, q, (1, 128), self.batch, heads)
+                grid = Grid(1, kv + 1, q, (1, 128), self.batch, masks.heads_of(place))
                 reason = problem(mask, grid, self.kept.device)
                 if reason is not None:
                     raise MaskError(reason)
-
-
-def _with_heads(masks: PerHead) -> list[tuple[Mask, tuple[int, ...]]]:
-    """Each distinct mask, and the heads that have it."""
-    return [
-        (mask, tuple(head for head, its in enumerate(masks.which) if its == place))
-        for place, mask in enumerate(masks.distinct)
-    ]
