@@ -4,7 +4,7 @@ Each is a Mask or a function that returns one; combine them with & | ~ and per_h
 `systems`, s2_attention and phi3_small return the masks of all heads.
 """
 
-from flexsparse.masks.documents import bifurcated, packed, padding, same_document, shared_prefix
+from flexsparse.masks.documents import bifurcated, packed, padding, same_document
 from flexsparse.masks.grids import axial, neighborhood, sliding_tile
 from flexsparse.masks.models import (
     bigbird,
@@ -25,6 +25,7 @@ from flexsparse.masks.positions import (
     strided,
     window,
 )
+from flexsparse.masks.ranges import attention_slices, flashmask
 from flexsparse.masks.streaming import (
     a_shape,
     block_streaming,
@@ -55,6 +56,7 @@ from flexsparse.masks.tables import (
     vertical_slash,
     vertical_slash_blocks,
 )
+from flexsparse.masks.trees import shared_prefix, token_tree
 from flexsparse.masks.video import (
     attention_tile,
     diagonal,
@@ -68,6 +70,7 @@ from flexsparse.masks.video import (
 
 __all__ = [
     "a_shape",
+    "attention_slices",
     "attention_tile",
     "axial",
     "bifurcated",
@@ -83,6 +86,7 @@ __all__ = [
     "dilated",
     "duo_attention",
     "duo_streaming",
+    "flashmask",
     "frame_causal",
     "full",
     "global_tokens",
@@ -115,6 +119,7 @@ __all__ = [
     "strided",
     "temporal_head",
     "token_streaming",
+    "token_tree",
     "tri_shape",
     "vertical_slash",
     "vertical_slash_blocks",

@@ -52,8 +52,8 @@ def packed(
     Source: FlashAttention's flash_attn_varlen_func.
     """
     same = cu_seqlens_kv is None
-    q_ends = _ends("packed", "cu_seqlens_q", cu_seqlens_q)
-    kv_ends = q_ends if same else _ends("packed", "cu_seqlens_kv", cu_seqlens_kv)
+    q_ends = ends_of("packed", "cu_seqlens_q", cu_seqlens_q)
+    kv_ends = q_ends if same else ends_of("packed", "cu_seqlens_kv", cu_seqlens_kv)
     if not isinstance(inner, Mask):
         raise MaskError(f"packed(inner={inner!r}): inner must be a Mask, such as causal.")
     if len(q_ends) != len(kv_ends):
@@ -61,15 +61,15 @@ def packed(
             f"packed got {len(q_ends) - 1} sequences of queries and {len(kv_ends) - 1} of "
             "keys; give both the same number."
         )
-    q_sequence, q_place = _sequences(q_ends)
-    kv_sequence, kv_place = (q_sequence, q_place) if same else _sequences(kv_ends)
+    q_sequence, q_place = sequences_of(q_ends)
+    kv_sequence, kv_place = (q_sequence, q_place) if same else sequences_of(kv_ends)
     ahead = (kv_ends.diff() - q_ends.diff()).to(q_place.dtype)
     q_place = q_place if same else q_place + ahead[q_sequence.long()]
     mine = number(q_sequence, q_idx).equals(number(kv_sequence, kv_idx))
     return mine & inner.at(q_idx=number(q_place, q_idx), kv_idx=number(kv_place, kv_idx))
 
 
-def _ends(pattern: str, name: str, given: Tensor | Sequence[int] | None) -> Tensor:
+def ends_of(pattern: str, name: str, given: Tensor | Sequence[int] | None) -> Tensor:
     """cu_seqlens as a tensor: where each sequence starts, and the end."""
     ends = integers(pattern, name, given, "[sequences + 1]")
     if len(ends) < 2:
@@ -88,49 +88,12 @@ def _ends(pattern: str, name: str, given: Tensor | Sequence[int] | None) -> Tens
     return ends
 
 
-def _sequences(ends: Tensor) -> tuple[Tensor, Tensor]:
+def sequences_of(ends: Tensor) -> tuple[Tensor, Tensor]:
     """The sequence of each token, and the token's place in it."""
     lengths = ends.diff().long()
     sequence = torch.repeat_interleave(torch.arange(len(lengths), device=ends.device), lengths)
     place = torch.arange(len(sequence), device=ends.device) - ends[:-1].long()[sequence]
     return sequence.int(), place.int()
-
-
-@pattern
-def shared_prefix(cu_seqlens: Tensor | Sequence[int], prefix_of: Tensor | Sequence[int]) -> Mask:
-    """Packed documents, causal inside; some continue another, which they see whole.
-
-    A prompt is stored once and each response to it sees it, in one packed sequence.
-
-    shared_prefix([0, 2, 4, 6], [0, 0, 0]), 6 x 6:
-        #.....
-        ##....
-        ###...
-        ####..
-        ##..#.
-        ##..##
-
-    Args:
-        cu_seqlens: integers [documents + 1], where each document starts, and the end.
-        prefix_of: integers [documents], the document that each one continues; a document that
-            continues none, such as a prompt, has its own number.
-
-    Source: attention-gym's shared_prefix; bifurcated attention (arXiv 2403.08845).
-    """
-    ends = _ends("shared_prefix", "cu_seqlens", cu_seqlens)
-    prefix = integers("shared_prefix", "prefix_of", prefix_of, "[documents]").long()
-    n_documents = len(ends) - 1
-    numbers = torch.arange(n_documents, device=prefix.device)
-    fits = len(prefix) == n_documents and bool(((prefix >= 0) & (prefix < n_documents)).all())
-    if not fits or not torch.equal(prefix[prefix], prefix):
-        raise MaskError(
-            f"shared_prefix(prefix_of={prefix.tolist()}): each of {n_documents} documents needs "
-            "the number of one that has its own number (a prefix of a prefix is not supported)."
-        )
-    document, _ = _sequences(ends)
-    seen = torch.where(prefix == numbers, -1, prefix)[document.long()].int()
-    mine, its = number(document, q_idx), number(document, kv_idx)
-    return (causal & mine.equals(its)) | number(seen, q_idx).equals(its)
 
 
 @pattern

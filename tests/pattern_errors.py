@@ -3,6 +3,7 @@
 import torch
 
 from flexsparse.masks import (
+    attention_slices,
     attention_tile,
     axial,
     bifurcated,
@@ -15,6 +16,7 @@ from flexsparse.masks import (
     combiner_fixed,
     duo_attention,
     duo_streaming,
+    flashmask,
     global_tokens,
     hash_sparse,
     kept_keys,
@@ -38,6 +40,7 @@ from flexsparse.masks import (
     spatial_head,
     streaming_llm,
     temporal_head,
+    token_tree,
     vertical_slash,
     vertical_slash_blocks,
     vertical_stripe,
@@ -46,6 +49,8 @@ from flexsparse.masks import (
 
 INTS = torch.arange(4)
 BITS = INTS > 1
+RANGES = INTS.view(2, 2)
+APART = torch.tensor([[0, 1]] * 33), torch.arange(66).view(33, 2) * 2
 ERRORS = [
     (lambda: window(0), "sees no key"),
     (lambda: window(2.0), r"window\(size=2.0\): size must be an int of 1 or more"),
@@ -57,7 +62,8 @@ ERRORS = [
     (lambda: same_document([0] * 9999), r"ids = list: \[0, 0, 0, 0, 0, 0, \.\.\.\]; it must"),
     (lambda: packed(INTS + 1), "starts at 1"),
     (lambda: padding(BITS), r"integer \[B\] or boolean"),
-    (lambda: shared_prefix(INTS, torch.tensor([0, 0, 1])), "a prefix of a prefix"),
+    (lambda: shared_prefix(INTS, torch.tensor([1, 2, 0])), "shared_prefix got a circle"),
+    (lambda: shared_prefix(INTS, torch.tensor([0, 0, 3])), r"\[0, 0, 3\].*each of 3 documents"),
     (lambda: shared_prefix(INTS, torch.tensor([0, 0])), "each of 3 documents"),
     (lambda: bifurcated(3, 0), "sample_len must be an int of 1 or more"),
     (lambda: neighborhood((4, 4), (3, 3, 3)), "has 3 axes and the tokens have 2"),
@@ -110,6 +116,25 @@ ERRORS = [
     (lambda: packed([0, 4], inner=window), "inner must be a Mask"),
     (lambda: packed(torch.tensor([0, 4]).to(torch.uint16)), r"torch.uint16 \(2,\).* Use .long\(\)"),
     (lambda: kept_keys(BITS.to_sparse()), r"torch.sparse_coo.* Use .to_dense\(\)"),
+    (lambda: token_tree([1, 0]), "token_tree got a circle"),
+    (lambda: token_tree([0, 0]), r"\[0, 0\]\): each of 2 tokens needs the number of another"),
+    (lambda: token_tree([-2, 0]), r"\[-2, 0\]\): each of 2 tokens .* or -1"),
+    (lambda: token_tree([-1, 2]), r"\[-1, 2\]\): each of 2 tokens"),
+    (lambda: token_tree([-1], -1), "context_len must be an int of 0 or more"),
+    (lambda: token_tree([[-1]]), "parents = list"),
+    (lambda: flashmask(INTS), r"\[B, heads, kv_len, numbers\]"),
+    (lambda: flashmask(INTS.view(1, 1, 1, 4), True), r"causal=True\) got 4 numbers .* 1 or 2"),
+    (lambda: flashmask(INTS.view(1, 1, 4, 1)), r"causal=False\) got 1 numbers .* 2 or 4"),
+    (lambda: flashmask(INTS.view(1, 1, 4, 1), 1), "causal must be True or False"),
+    (lambda: flashmask(INTS.view(1, 1, 4, 1), True, 0.5), "q_offset must be an int"),
+    (lambda: flashmask(INTS.view(1, 1, 4, 1), True, 0, 0), "group_size must be an int of 1"),
+    (lambda: attention_slices(INTS, INTS), r"q_ranges = .*\[slices, 2\]"),
+    (lambda: attention_slices(INTS[None], INTS[None]), r"q_ranges of \(1, 4\)"),
+    (lambda: attention_slices(INTS.view(2, 2).flip(1), RANGES), r"q_ranges with \[1, 0\]"),
+    (lambda: attention_slices(RANGES, RANGES - 1), r"k_ranges with \[-1, 0\]"),
+    (lambda: attention_slices(RANGES, RANGES[:1]), "2 q_ranges, 1 k_ranges and 2 types"),
+    (lambda: attention_slices(RANGES, RANGES, INTS[3:].repeat(2) + 1), "slice of type 4"),
+    (lambda: attention_slices(*APART), "row 0 is in 33 slices; at most 32 .* block_sparse"),
     (lambda: shared_prefix([0, 2, 4], [0.5, 0]), "prefix_of = list"),
     (lambda: duo_attention(3), r"full_attention_heads=3\): give one number of 0 to 1"),
     (lambda: duo_attention([0.5], threshold="x"), "threshold must be a number"),

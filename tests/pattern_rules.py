@@ -12,6 +12,7 @@ import torch
 from flexsparse import PerHead, q_idx
 from flexsparse.masks import (
     a_shape,
+    attention_slices,
     attention_tile,
     axial,
     bifurcated,
@@ -27,6 +28,7 @@ from flexsparse.masks import (
     dilated,
     duo_attention,
     duo_streaming,
+    flashmask,
     frame_causal,
     full,
     global_tokens,
@@ -59,6 +61,7 @@ from flexsparse.masks import (
     strided,
     temporal_head,
     token_streaming,
+    token_tree,
     tri_shape,
     vertical_slash,
     vertical_slash_blocks,
@@ -176,16 +179,48 @@ case(
     packed_rule,
     [(24, 31, 0), (1, 1, 0)],
 )
-PREFIX_OF = [0, 0, 0, 3, 3, 5]
 
 
-def shared_prefix_rule(q, k):
-    mine = document(q)
-    own = document(k) == mine and k <= q
-    return own or (PREFIX_OF[mine] != mine and document(k) == PREFIX_OF[mine])
+def prefix_rule(prefix_of):
+    """The documents that a query sees are those on the way from its own to one without a prefix."""
+
+    def rule(q, k):
+        mine, its = document(q), document(k)
+        while its != mine and prefix_of[mine] != mine:
+            mine = prefix_of[mine]
+        return its == mine and (mine != document(q) or k <= q)
+
+    return rule
 
 
-case(shared_prefix(torch.tensor(ENDS), torch.tensor(PREFIX_OF)), shared_prefix_rule)
+for prefix_of in ([0, 0, 0, 3, 3, 5], [0, 0, 0, 2, 3, 5], [3, 0, 2, 3, 0, 4]):
+    case(shared_prefix(ENDS, prefix_of), prefix_rule(prefix_of), name=f"shared_prefix, {prefix_of}")
+FIRST = [-1, 0, 0, 1, 2, 2, 5, -1]
+TREES = [FIRST + list(range(7, 399)), [3, 0, -1, 2, -1, 4, 4, 6] + [6] * 392]
+
+
+def token_tree_rule(tree, context_len, q, k):
+    if q < context_len or k < context_len:
+        return k <= q
+    node = q - context_len
+    while node not in (-1, k - context_len):
+        node = tree[node]
+    return node != -1
+
+
+case(
+    token_tree(TREES[0], 15),
+    lambda q, k: token_tree_rule(TREES[0], 15, q, k),
+    [(8, 23, 15), (23, 23, 0), (2, 23, 15)],
+    name="token_tree",
+)
+case(
+    token_tree(torch.tensor(TREES)),
+    lambda b, h, q, k: token_tree_rule(TREES[b], 0, q, k),
+    [(12, 12, 0)],
+    batch=2,
+    name="token_tree of a batch",
+)
 
 
 def bifurcated_rule(q, k):
@@ -702,4 +737,90 @@ case(
 case(
     clusters(HASHES[0, 0], HASHES[0, 1], True),
     lambda q, k: HASHES[0, 0, q] == HASHES[0, 1, k] and k <= q,
+)
+
+
+# ranges
+def hidden_rows(numbers, causal, q_len):
+    """FlashMask's mask of one key, as its reference writes -inf: whether each row is hidden."""
+
+    def hide(start, end):
+        hidden[start:end] = True
+
+    hidden = torch.zeros(q_len, dtype=torch.bool)
+    has_end = len(numbers) == (2 if causal else 4)
+    hide(numbers[0], numbers[1] if has_end else q_len)
+    if not causal:
+        hide(*((numbers[2], numbers[3]) if has_end else (0, numbers[1])))
+    return hidden
+
+
+def flashmask_case(causal, n_numbers, q_len, kv_len, batch, n_heads, group_size):
+    generator = torch.Generator().manual_seed(n_numbers)
+    shape = (batch, n_heads, 400, n_numbers)
+    table = torch.randint(0, q_len + 1, shape, generator=generator)
+    offset = kv_len - q_len
+
+    def rule(b, h, q, k):
+        head = h // group_size if n_heads > 1 else 0
+        hidden = hidden_rows(table[b % batch, head, k].tolist(), causal, q_len)
+        return not hidden[q - offset] and (k <= q or not causal)
+
+    case(
+        flashmask(table, causal, offset, group_size),
+        rule,
+        [(q_len, kv_len, offset)],
+        batch=2,
+        n_heads=max(n_heads * group_size, 2),
+        name=f"flashmask, {causal=}, {n_numbers} numbers",
+    )
+
+
+flashmask_case(True, 1, 20, 20, 1, 1, 1)
+flashmask_case(True, 2, 7, 20, 2, 1, 1)
+flashmask_case(False, 2, 20, 7, 1, 2, 2)
+flashmask_case(False, 4, 9, 20, 2, 2, 1)
+SLICES = [
+    ([0, 5], [0, 5], 1),
+    ([5, 9], [0, 2], 0),
+    ([5, 9], [2, 9], 1),
+    ([5, 9], [9, 12], 2),
+    ([9, 11], [3, 8], 3),
+    ([11, 16], [0, 2], 1),  # more rows than keys
+    ([11, 16], [9, 11], 2),
+    ([11, 16], [4, 6], 3),
+    ([17, 20], [0, 23], 0),  # row 16 and those from 20 on see nothing
+    ([18, 19], [4, 6], 0),  # inside another
+    ([18, 19], [9, 9], 0),  # empty
+]
+
+
+def in_slice(row, k, q_range, k_range, kind):
+    """Whether MagiAttention's reference fills the element [row, k] for a slice."""
+    if not (q_range[0] <= row < q_range[1] and k_range[0] <= k < k_range[1]):
+        return False
+    is_causal, is_inverse = kind in (1, 3), kind in (2, 3)
+    below = k <= row + k_range[1] - q_range[1]
+    above = k >= row + k_range[0] - q_range[0]
+    return (below or not is_causal) and (above or not is_inverse)
+
+
+def attention_slices_case(slices, name, q_len=23):
+    q_ranges, k_ranges, kinds = zip(*slices, strict=True)
+    case(
+        attention_slices(*map(torch.tensor, (q_ranges, k_ranges, kinds)), 23 - q_len),
+        lambda q, k: any(in_slice(q - 23 + q_len, k, *each) for each in slices),
+        [(q_len, 23, 23 - q_len)],
+        name=f"attention_slices, {name}",
+    )
+
+
+attention_slices_case(SLICES, "all types")
+attention_slices_case(SLICES[::-1], "fewer queries than keys", 20)
+for i, one in enumerate(SLICES):
+    attention_slices_case([one], f"slice {i}")
+case(
+    attention_slices(torch.tensor([[2, 4]]), torch.tensor([[1, 3]])),
+    lambda q, k: q in (2, 3) and k in (1, 2),
+    name="attention_slices, no types",
 )

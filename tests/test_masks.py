@@ -20,12 +20,15 @@ from flexsparse import Mask, MaskError, PerHead, compile_mask, parse, per_head
 
 BOOLEAN = ("block_sparse", "kept_keys", "qk_sparse")
 INTEGER = (
+    "attention_slices",
     "clusters",
+    "flashmask",
     "hash_sparse",
     "packed",
     "padding",
     "same_document",
     "shared_prefix",
+    "token_tree",
     "vertical_slash",
     "vertical_slash_blocks",
 )

@@ -1,0 +1,168 @@
+"""Patterns in the languages of other kernels: rows of each column, and slices of ranges."""
+
+from __future__ import annotations
+
+import heapq
+
+import torch
+from torch import Tensor
+
+from flexsparse import Index, Mask, MaskError, b, h, kv_idx, minimum, nothing, pattern, q_idx
+from flexsparse.masks.arguments import at_least, booleans, is_int, number, tensor_of
+
+NUMBERS = {True: (1, 2), False: (2, 4)}  # FlashMask's for each key, by whether it is causal
+SLICE_TYPES = "0 (full), 1 (causal), 2 (inverse causal) or 3 (both)"
+MOST_SLICES = 32  # of one row: each is a term of the mask
+
+
+@pattern
+def flashmask(
+    startend_row_indices: Tensor, causal: bool = False, q_offset: int = 0, group_size: int = 1
+) -> Mask:
+    """FlashMask: each key is hidden from an interval of rows below the diagonal, and one above.
+
+    flashmask([[[[2], [2], [4], [4]]]], True), 4 x 4:    #...
+                                                         ##..
+    Args:                                                ..#.
+        startend_row_indices: integer                    ..##
+            [B, heads, kv_len, numbers], both B and heads possibly 1, query rows counted from 0. The
+            numbers of a key are, where causal, the row from which on it is hidden, or the first
+            such row and the one after the last; else the row from which on it is hidden and the one
+            up to which it is, or the first row and the one after the last of both intervals.
+        causal: keep only keys up to the query.
+        q_offset: position of query row 0: kv_len - q_len.
+        group_size: query heads of a head of startend_row_indices (GQA).
+
+    Its block_mask is & block_sparse(block_mask.bool()).
+
+    Source: FlashMask (arXiv 2410.01359), flashmask_attention.
+    """
+    booleans("flashmask", causal=causal)
+    at_least("flashmask", 1, group_size=group_size)
+    shape = {4: "[B, heads, kv_len, numbers]"}
+    tensor_of("flashmask", "startend_row_indices", startend_row_indices, "integer", shape)
+    n_batch, n_heads, _, n_numbers = startend_row_indices.shape
+    if n_numbers not in NUMBERS[causal]:
+        raise MaskError(
+            f"flashmask(causal={causal}) got {n_numbers} numbers for each key; it must have "
+            f"{' or '.join(map(str, NUMBERS[causal]))}."
+        )
+    batch = [] if n_batch == 1 else [b]
+    head = [] if n_heads == 1 else [h if group_size == 1 else h // group_size]
+    tables = startend_row_indices[0] if n_batch == 1 else startend_row_indices
+    tables = tables.squeeze(-3) if n_heads == 1 else tables
+    numbers = [number(table, *batch, *head, kv_idx) for table in tables.unbind(-1)]
+    row = _row("flashmask", q_offset)
+    if causal:
+        return (kv_idx <= q_idx) & _outside(row, *numbers)
+    if n_numbers == 2:
+        return (row < numbers[0]) & (row >= numbers[1])
+    return _outside(row, *numbers[:2]) & _outside(row, *numbers[2:])
+
+
+def _outside(row: Index, first: Index, end: Index | None = None) -> Mask:
+    """Rows before an interval that begins with `first`, and from its end on."""
+    return row < first if end is None else (row < first) | (row >= end)
+
+
+@pattern
+def attention_slices(
+    q_ranges: Tensor, k_ranges: Tensor, attn_type_map: Tensor | None = None, q_offset: int = 0
+) -> Mask:
+    """MagiAttention's slices: the queries of a range see a range of keys, whole or cut diagonally.
+
+    attention_slices([[0, 3], [3, 6]], [[0, 4], [2, 6]], [1, 2]), 6 x 6:    ##....
+                                                                            ###...
+    Args:                                                                   ####..
+        q_ranges: integer [slices, 2], the first row of each slice and      ..####
+            the one after its last, counted from query row 0.               ...###
+        k_ranges: the same for keys.                                        ....##
+        attn_type_map: integer [slices]: 0 the whole slice, the default; 1 causal, its last key seen
+            by its last row alone; 2 inverse causal, its first key seen by its first row alone; 3
+            both.
+        q_offset: position of query row 0: kv_len - q_len.
+
+    Slices may overlap: their union is kept. A row of no slice sees nothing.
+
+    Source: MagiAttention (SandAI-org/MagiAttention), flex_flash_attn_func.
+    """
+    name = "attention_slices"
+    for argument, ranges in (("q_ranges", q_ranges), ("k_ranges", k_ranges)):
+        tensor_of(name, argument, ranges, "integer", {2: "[slices, 2]"})
+        _check_ranges(argument, ranges)
+    if attn_type_map is None:
+        attn_type_map = torch.zeros_like(q_ranges[:, 0])
+    tensor_of(name, "attn_type_map", attn_type_map, "integer", {1: "[slices]"})
+    if not len(q_ranges) == len(k_ranges) == len(attn_type_map):
+        raise MaskError(
+            f"{name} got {len(q_ranges)} q_ranges, {len(k_ranges)} k_ranges and "
+            f"{len(attn_type_map)} types; give one of each for a slice."
+        )
+    unknown = attn_type_map[(attn_type_map < 0) | (attn_type_map > 3)]
+    if len(unknown):
+        raise MaskError(f"{name} got a slice of type {int(unknown[0])}; it must be {SLICE_TYPES}.")
+    starts, ends = _keys_of_rows(q_ranges.long(), k_ranges.long(), attn_type_map.long())
+    # the last entry stands for all rows past the slices
+    row = minimum(_row(name, q_offset), starts.shape[1] - 1)
+    seen = nothing
+    for start, end in zip(starts, ends, strict=True):
+        seen = seen | (kv_idx >= number(start, row)) & (kv_idx < number(end, row))
+    return seen
+
+
+def _row(name: str, q_offset: int) -> Index:
+    if not is_int(q_offset):
+        raise MaskError(f"{name}(q_offset={q_offset!r}): q_offset must be an int.")
+    return q_idx - q_offset if q_offset else q_idx
+
+
+def _check_ranges(argument: str, ranges: Tensor) -> None:
+    if ranges.shape[1] != 2:
+        raise MaskError(
+            f"attention_slices got {argument} of {tuple(ranges.shape)}; it must be [slices, 2]."
+        )
+    wrong = ranges[(ranges[:, 0] < 0) | (ranges[:, 1] < ranges[:, 0]) | (ranges[:, 1] >= 2**30)]
+    if len(wrong):
+        raise MaskError(
+            f"attention_slices got {argument} with {wrong[0].tolist()}; a range must be [first, "
+            "one after the last], of 0 or more and below 2**30."
+        )
+
+
+def _keys_of_rows(q_ranges: Tensor, k_ranges: Tensor, types: Tensor) -> tuple[Tensor, Tensor]:
+    """The keys that each row sees, as ranges: their starts and ends, [ranges, rows + 1]."""
+    n_rows = int(q_ranges.max()) if len(q_ranges) else 0
+    track, n_tracks = _tracks(q_ranges)
+    lengths = q_ranges.diff().flatten()
+    slices = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
+    # how far each row is from the first row of its slice, and from the last
+    after = torch.arange(len(slices), device=lengths.device)
+    after -= (lengths.cumsum(0) - lengths)[slices]
+    before = lengths[slices] - 1 - after
+    place = track[slices], q_ranges[slices, 0] + after
+    starts, ends = q_ranges.new_zeros(2, n_tracks, n_rows + 1, dtype=torch.int32)
+    first, end = k_ranges[slices].unbind(1)
+    starts[place] = (first + (types >= 2)[slices] * after).int()
+    ends[place] = (end - (types % 2)[slices] * before).int()
+    return starts, ends
+
+
+def _tracks(q_ranges: Tensor) -> tuple[Tensor, int]:
+    """A number for each range so that ranges with the same one do not overlap, and how many."""
+    tracks = [0] * len(q_ranges)
+    ends: list[tuple[int, int]] = []  # a heap: where the last range of each track ends
+    ranges = q_ranges.tolist()
+    for i in q_ranges[:, 0].argsort().tolist():
+        first, end = ranges[i]
+        if ends and ends[0][0] <= first:
+            tracks[i] = heapq.heapreplace(ends, (end, ends[0][1]))[1]
+        elif first < end:
+            tracks[i] = len(ends)
+            heapq.heappush(ends, (end, len(ends)))
+        if len(ends) > MOST_SLICES:
+            raise MaskError(
+                f"attention_slices: row {first} is in {len(ends)} slices; at most {MOST_SLICES} "
+                "are allowed. Unite those that touch; blocks of one size are a table for "
+                "block_sparse."
+            )
+    return torch.tensor(tracks, device=q_ranges.device), max(len(ends), 1)
