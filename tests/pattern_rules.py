@@ -16,6 +16,7 @@ from flexsparse.masks import (
     axial,
     bifurcated,
     bigbird,
+    block_diffusion,
     block_sparse,
     block_sparse_attention,
     block_streaming,
@@ -23,6 +24,7 @@ from flexsparse.masks import (
     chunked,
     clusters,
     combiner_fixed,
+    dflash,
     diagonal,
     dilated,
     duo_attention,
@@ -46,6 +48,7 @@ from flexsparse.masks import (
     phi3_small,
     prefix,
     qk_sparse,
+    radial_attention,
     relative_stride,
     s2_attention,
     same_document,
@@ -55,6 +58,7 @@ from flexsparse.masks import (
     sparse_transformer_fixed,
     sparse_transformer_strided,
     spatial_head,
+    star_attention,
     streaming_llm,
     strided,
     temporal_head,
@@ -212,6 +216,57 @@ case(
 )
 
 
+# block diffusion
+def block_diff_mask(n, block):
+    """As block_diff_mask of BD3-LMs computes it, over [noised | clean]."""
+
+    def rule(q, k):
+        q_clean, k_clean = q >= n, k >= n
+        q_block = (q - n) // block if q_clean else q // block
+        k_block = (k - n) // block if k_clean else k // block
+        diagonal = q_block == k_block and q_clean == k_clean
+        offset_causal = q_block > k_block and k_clean and not q_clean
+        causal = q_block >= k_block and k_clean and q_clean
+        return diagonal or offset_causal or causal
+
+    return rule
+
+
+def teacher_forcing(n, block):
+    """As Self Forcing's teacher forcing computes it, over [clean | noised]."""
+
+    def rule(q, k):
+        if q < n:
+            return k < (q // block + 1) * block
+        number = (q - n) // block
+        start = n + number * block
+        return start <= k < start + block or k < number * block
+
+    return rule
+
+
+case(block_diffusion(12, 4), block_diff_mask(12, 4), [(24, 24, 0)])
+case(block_diffusion(11, 4), block_diff_mask(11, 4), [(22, 22, 0), (7, 22, 15)])
+case(block_diffusion(12, 3, True), teacher_forcing(12, 3), [(24, 24, 0)])
+ANCHORS = torch.tensor([[3, 9, -1, 20, 0, *range(40)], [7, 1, 1, -1, 60, *range(40)]])
+
+
+def dflash_rule(context, block, causal_inside=False):
+    def rule(b, h, q, k):
+        anchor, is_kept = ANCHORS[b, q // block], ANCHORS[b, q // block] >= 0
+        own = k >= context and q // block == (k - context) // block
+        if causal_inside:
+            own = own and (k - context) % block <= q % block
+        return is_kept and ((k < context and k < anchor) or own)
+
+    return rule
+
+
+case(dflash(ANCHORS[0], 14, 3), lambda q, k: dflash_rule(14, 3)(0, 0, q, k))
+case(dflash(ANCHORS, 14, 3), dflash_rule(14, 3), batch=2, name="dflash of a batch")
+case(dflash(ANCHORS, 5, 4, True), dflash_rule(5, 4, True), batch=2, name="dflash, JetSpec")
+
+
 # grids
 def coordinates(index, shape, tile=None):
     """Where token `index` stands: counted through the grid, or through its tiles one by one."""
@@ -354,6 +409,49 @@ def temporal(prompt, frames, tokens, width):
 
 
 case(temporal_head(3, 4, 7, 2), temporal(3, 4, 7, 2))
+
+
+def radial(frames, tokens, text, decay, model, size):
+    """The mask of each pair of frames, element by element, then shrunk to blocks."""
+    n_blocks = ceil((frames * tokens + text) / size)
+    border = frames * tokens // size
+    kept = torch.zeros(n_blocks, n_blocks, dtype=torch.bool)
+    kept[border:] = kept[:, border:] = True
+    ahead = (torch.arange(tokens)[None] - torch.arange(tokens)[:, None]).abs()
+    for i in range(frames):
+        for j in range(frames):
+            gap = abs(i - j)
+            length = 2 ** tokens.bit_length() / 2 ** gap.bit_length()
+            if j == 0 or gap == 0 or (gap == 1 and model == "hunyuan"):
+                band = ahead <= tokens
+            else:
+                band = ahead <= (tokens // 2 if gap == 1 else max(length * decay, size))
+            if j > 0 and length < size and gap % int(size / length):
+                band = band & False
+            n = ceil(tokens / size)
+            top, left = i * tokens % size, j * tokens % size
+            padded = torch.zeros(top + n * size, left + n * size, dtype=torch.bool)
+            padded[top : top + tokens, left : left + tokens] = band
+            share = padded[: n * size, : n * size].view(n, size, n, size).sum(1) / size
+            blocks = (share > 1 / 3).sum(-1) / ((share > 0).sum(-1) + 1e-9) > 0.6
+            row, column = i * tokens // size, j * tokens // size
+            kept[row : row + n, column : column + n] |= blocks
+    return lambda q, k: kept[q // size, k // size]
+
+
+for radial_case in [
+    (9, 10, 12, 1.0, "wan", 4),
+    (9, 10, 12, 0.5, "hunyuan", 4),
+    (5, 37, 20, 0.3, "wan", 8),
+    (20, 6, 12, 1.0, "hunyuan", 8),
+]:
+    f, t, text, *others = radial_case
+    whole_video = (f * t + text) // others[-1] * others[-1]
+    case(
+        radial_attention(f, t, *others),
+        radial(*radial_case),
+        [(whole_video, whole_video, 0)],
+    )
 case(diagonal(3), lambda q, k: abs(q - k) <= 3)
 case(
     multi_diagonal(7, 2),
@@ -438,6 +536,23 @@ case(
     lambda q, k: k <= q and (q - k < 5 or k < 2 or q >= 24 - 4),
     [(24, 24, 0), (7, 24, 17)],
 )
+
+
+def star_rule(context, block, anchor):
+    """A token of the context runs in [anchor | its block], one after it on the whole cache."""
+
+    def rule(q, k):
+        if q >= context:
+            return k <= q
+        start = q // block * block
+        return (start > 0 and k < anchor) or start <= k <= q
+
+    return rule
+
+
+case(star_attention(17, 4), star_rule(17, 4, 4))
+case(star_attention(17, 5, 2), star_rule(17, 5, 2))
+case(star_attention(17, 5, 0), star_rule(17, 5, 0))
 
 # models
 case(
