@@ -1,4 +1,4 @@
-"""Patterns of models that write a block of tokens at once: block diffusion, and drafters of it."""
+"""Patterns of models that write a block of tokens at once: block diffusion, and such drafters."""
 
 from __future__ import annotations
 
@@ -19,12 +19,11 @@ def block_diffusion(seq_len: int, block_size: int, clean_first: bool = False) ->
     Args:                                                                            ..####..
         seq_len: tokens of each copy.                                                ..####..
         block_size: tokens of a block: of a video, those of the frames of a chunk.   ....##..
-        clean_first: the order is [clean | noised].                                  ....##..
+        clean_first: the order is [clean | noised], as Self Forcing has it.          ....##..
                                                                                      ....####
     When decoding, without the noised copy, it is frame_causal(block_size).          ....####
 
-    Source: BD3-LMs (arXiv 2503.09573), block_diff_mask; clean first in Self Forcing's
-        _prepare_teacher_forcing_mask.
+    Source: BD3-LMs (arXiv 2503.09573), block_diff_mask; Self Forcing (arXiv 2506.08009).
     """
     at_least("block_diffusion", 1, seq_len=seq_len, block_size=block_size)
     booleans("block_diffusion", clean_first=clean_first)
@@ -55,8 +54,7 @@ def dflash(
         block_size: tokens of a block.
         is_causal: inside its block a token sees those up to itself, as JetSpec's draft head does.
 
-    Source: DFlash (arXiv 2602.06036), create_dflash_block_mask of SpecForge and NeMo AutoModel;
-        JetSpec (arXiv 2606.18394).
+    Source: DFlash (arXiv 2602.06036), create_dflash_block_mask; JetSpec (arXiv 2606.18394).
     """
     if isinstance(anchors, (list, tuple)):
         anchors = integers("dflash", "anchors", anchors, "[blocks] or [B, blocks]")

@@ -216,7 +216,7 @@ def star_attention(context_len: int, block_size: int, anchor_size: int | None = 
     at_least("star_attention", 1, block_size=block_size)
     if anchor_size > block_size:
         raise MaskError(
-            f"star_attention(block_size={block_size}, anchor_size={anchor_size}): the anchor is cut "
-            f"from the first block; use an anchor_size of at most {block_size}."
+            f"star_attention(block_size={block_size}, anchor_size={anchor_size}): the anchor is a "
+            f"part of the first block; use an anchor_size of at most {block_size}."
         )
     return causal & (chunked(block_size) | sink(anchor_size) | (q_idx >= context_len))

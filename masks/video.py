@@ -11,6 +11,8 @@ from flexsparse import Index, Mask, MaskError, kv_idx, minimum, pattern, q_idx
 from flexsparse.masks.arguments import at_least, booleans, flag, is_int, one_of, tensor_of
 from flexsparse.masks.positions import causal
 
+MOST_BLOCKS = 1 << 12  # of a video, or frames: their pairs are looked at one by one
+
 
 @pattern
 def attention_tile(tokens_per_frame: int, reference_frames: Sequence[int] = ()) -> Mask:
@@ -160,7 +162,7 @@ def radial_attention(
         #########
 
     Args:
-        num_frame: frames of the video, which comes first; the text after it sees and is seen by all.
+        num_frame: frames of the video; the text after it sees all and is seen by all.
         token_per_frame: tokens of a frame.
         decay_factor: what the widths are multiplied by.
         model_type: "hunyuan" sees the next frame whole, "wan" half a frame to each side.
@@ -178,7 +180,11 @@ def radial_attention(
         )
     # the last row and column stand for the text, and for the block that it shares with the video
     last = num_frame * token_per_frame // block_size
-    kept = torch.zeros(last + 1, last + 1, dtype=torch.bool)
+    if max(num_frame, last) > MOST_BLOCKS:
+        raise MaskError(
+            f"{name} got {num_frame} frames, in {last} blocks; there may be {MOST_BLOCKS} of each."
+        )
+    kept = torch.zeros(last + 1, last + 1, dtype=torch.bool, device="cpu")
     for q_frame in range(num_frame):
         for kv_frame in range(num_frame):
             width = token_per_frame
@@ -219,7 +225,7 @@ def _covered(width: int, tokens: int, size: int, q_inside: int, kv_inside: int) 
     Of the columns that it touches in a block, over six tenths are covered over a third of their
     height.
     """
-    first = torch.arange(-(-tokens // size)) * size
+    first = torch.arange(-(-tokens // size), device="cpu") * size
     top, left = ((first - inside).clamp(min=0) for inside in (q_inside, kv_inside))
     bottom, right = ((first - inside + size).clamp(max=tokens) for inside in (q_inside, kv_inside))
     top, bottom = top.unsqueeze(1), bottom.unsqueeze(1)

@@ -150,6 +150,8 @@ ERRORS = [
     (lambda: s2_attention(10**9, 1, 4), "num_heads must be an int of 1 to 65536"),
     (lambda: phi3_small(0, 99999), "num_attention_heads must be an int of 1 to 65536"),
     (lambda: duo_attention([0.5], group_size=2**64), "group_size must be an int of 1 to 65536"),
+    (lambda: radial_attention(10**6, 1), "there may be 4096 of each"),
+    (lambda: radial_attention(16, 10**9), "there may be 4096 of each"),
     (lambda: packed([0, 2**62]), r"ends at 4611686018427387904; it must end below 2\*\*31"),
     (lambda: vertical_slash(INTS + 2**62, INTS), r"below 2\*\*30. Fill up shorter lists"),
     (lambda: vertical_slash_blocks(INTS, INTS + 2**62), r"slash up to .* below 2\*\*30"),

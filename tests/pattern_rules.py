@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from flexsparse import PerHead, q_idx
+from flexsparse import PerHead, h, kv_idx, lookup, q_idx
 from flexsparse.masks import (
     a_shape,
     attention_tile,
@@ -817,4 +817,90 @@ case(
 case(
     clusters(HASHES[0, 0], HASHES[0, 1], True),
     lambda q, k: HASHES[0, 0, q] == HASHES[0, 1, k] and k <= q,
+)
+
+# systems that are expressions: each as docs/systems.md writes it
+case(
+    frame_causal(6) & (q_idx // 6 - kv_idx // 6 <= 2),
+    lambda q, k: max((q // 6 - 2) * 6, 0) <= k < (q // 6 + 1) * 6,
+    name="WeNet's left chunks",
+)
+case(
+    frame_causal(6) & (kv_idx >= (q_idx // 6 + 1) * 6 - 9),
+    lambda q, k: (q // 6 + 1) * 6 - 9 <= k < (q // 6 + 1) * 6,
+    name="Self Forcing's window",
+)
+
+
+def longlora_rule(q, k):
+    """Sequences that start half a group late, the first and the last of half a group."""
+    starts = [0, *range(4, 400, 8)]
+    start = max(s for s in starts if s <= q)
+    return start <= k <= q
+
+
+case(
+    causal & ((q_idx + 8 // 2) // 8).equals((kv_idx + 8 // 2) // 8),
+    longlora_rule,
+    name="LongLoRA's shifted heads",
+)
+
+
+def gist_rule(q, k):
+    """As make_gist_mask, with gist tokens at 7, 8 and 9, times causal."""
+    after_first, up_to_last = k >= 7, k < 10
+    return k <= q and (up_to_last if q < 10 else after_first)
+
+
+case(causal & ((kv_idx >= 7) | (q_idx < 10)), gist_rule, name="gist tokens")
+IMAGES = [(2, 6), (6, 11), (15, 17)]
+ENDS_OF_IMAGES = torch.tensor(
+    [next((end for start, end in IMAGES if start <= t < end), 0) for t in range(400)]
+)
+case(
+    causal | (kv_idx < lookup(ENDS_OF_IMAGES, q_idx)),
+    lambda q, k: k <= q or any(q >= start and k < end for start, end in IMAGES),
+    name="Transfusion",
+)
+DROPPED = torch.randint(0, 40, (2, 400), generator=torch.Generator().manual_seed(5))
+
+
+def eviction_rule(h, q, k):
+    """A cache that takes in the key of each query, and then drops those whose time has come."""
+    cache = set()
+    for step in range(q + 1):
+        cache.add(step)
+        cache = {key for key in cache if DROPPED[h, key] > step}
+    return k in cache
+
+
+case(
+    causal & (q_idx < lookup(DROPPED, h, kv_idx)),
+    eviction_rule,
+    n_heads=2,
+    name="H2O",
+)
+CLUSTER_MAP = torch.rand(2, 3, 5, generator=torch.Generator().manual_seed(6)) < 0.5
+Q_CLUSTER = torch.randint(0, 3, (2, 400), generator=torch.Generator().manual_seed(7))
+KV_CLUSTER = torch.randint(0, 5, (2, 400), generator=torch.Generator().manual_seed(8))
+case(
+    lookup(CLUSTER_MAP, h, lookup(Q_CLUSTER, h, q_idx), lookup(KV_CLUSTER, h, kv_idx)),
+    lambda h, q, k: CLUSTER_MAP[h, Q_CLUSTER[h, q], KV_CLUSTER[h, k]],
+    n_heads=2,
+    name="Sparse VideoGen 2",
+)
+
+
+def compressed_rule(q, k):
+    """Keys are 24 tokens and then an entry for each 5 of them; a window of 6 keys."""
+    if k < 24:
+        return q - 6 < k <= q
+    return not k - 24 >= (q + 1) // 5
+
+
+case(
+    (causal & window(6) & (kv_idx < 24)) | ((kv_idx >= 24) & (kv_idx - 24 < (q_idx + 1) // 5)),
+    compressed_rule,
+    [(24, 28, 0)],
+    name="DeepSeek-V4",
 )

@@ -21,7 +21,6 @@ from flexsparse import Mask, MaskError, PerHead, compile_mask, parse, per_head
 BOOLEAN = ("block_sparse", "kept_keys", "qk_sparse")
 INTEGER = (
     "clusters",
-    "dflash",
     "hash_sparse",
     "packed",
     "padding",
