@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from flexsparse import Mask, b, kv_idx, pattern, q_idx
@@ -39,7 +41,10 @@ def block_diffusion(seq_len: int, block_size: int, clean_first: bool = False) ->
 
 @pattern
 def dflash(
-    anchors: Tensor, context_len: int, block_size: int = 16, is_causal: bool = False
+    anchors: Tensor | Sequence[int],
+    context_len: int,
+    block_size: int = 16,
+    is_causal: bool = False,
 ) -> Mask:
     """Each drafted block sees itself, and the context before its anchor.
 
@@ -56,15 +61,17 @@ def dflash(
 
     Source: DFlash (arXiv 2602.06036), create_dflash_block_mask; JetSpec (arXiv 2606.18394).
     """
-    if isinstance(anchors, (list, tuple)):
+    if isinstance(anchors, Tensor):
+        tensor_of("dflash", "anchors", anchors, "integer", {1: "[blocks]", 2: "[B, blocks]"})
+    else:
         anchors = integers("dflash", "anchors", anchors, "[blocks] or [B, blocks]")
-    tensor_of("dflash", "anchors", anchors, "integer", {1: "[blocks]", 2: "[B, blocks]"})
     at_least("dflash", 0, context_len=context_len)
     at_least("dflash", 1, block_size=block_size)
     booleans("dflash", is_causal=is_causal)
     q_block, place = q_idx // block_size, kv_idx - context_len
     # cut at the context, so that one comparison says which keys of it are seen
-    anchor = number(anchors.clamp(max=context_len), *(b,)[2 - anchors.dim() :], q_block)
+    starts = anchors.long().clamp(max=context_len)
+    anchor = number(starts, b, q_block) if starts.dim() == 2 else number(starts, q_block)
     own = (place >= 0) & q_block.equals(place // block_size) & (anchor >= 0)
     if is_causal:
         own = own & (place <= q_idx)

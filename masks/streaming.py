@@ -190,8 +190,8 @@ def tri_shape(kv_len: int, n_init: int = 128, n_local: int = 3968, n_last: int =
 def star_attention(context_len: int, block_size: int, anchor_size: int | None = None) -> Mask:
     """Causal, of which the context sees its own block and the anchor, and the query after it all.
 
-    The anchor, copied in front of each block there, has the keys of the first tokens: it sees
-    itself alone, at its own positions.
+    A block is run there behind a copy of the anchor, which sees itself alone, as the first tokens
+    do: their keys are the same.
 
     star_attention(6, 2, 1), 8 x 8:
         #.......

@@ -187,12 +187,9 @@ def radial_attention(
     kept = torch.zeros(last + 1, last + 1, dtype=torch.bool, device="cpu")
     for q_frame in range(num_frame):
         for kv_frame in range(num_frame):
-            width = token_per_frame
-            if kv_frame > 0:
-                distance = abs(q_frame - kv_frame)
-                width = _radial_width(
-                    distance, token_per_frame, decay_factor, model_type, block_size
-                )
+            # the first frame is seen by all, as by itself
+            distance = abs(q_frame - kv_frame) if kv_frame > 0 else 0
+            width = _radial_width(distance, token_per_frame, decay_factor, model_type, block_size)
             if width is None:
                 continue
             row, q_inside = divmod(q_frame * token_per_frame, block_size)
