@@ -57,12 +57,32 @@ SYSTEMS = [
     ),
     System("AttendNeXt", NOT, "", "convolutions; no pair of a query and a key is ever scored"),
     System("Axial Attention", EXACT, "`axial`", ""),
+    System(
+        "BD3-LMs",
+        EXACT,
+        "`block_diffusion`; decoding `frame_causal(block_size)`",
+        "block diffusion; also the training mask of SDAR (for one sample), Fast-dLLM v2 and LLaDA2",
+    ),
     System("BigBird", EXACT, "`bigbird`", "its random blocks are a tensor"),
     System(
         "Bifurcated attention",
         EXACT,
         "`bifurcated`, `shared_prefix`",
         "the context is stored once; that the batch then shares it is the layout, not the mask",
+    ),
+    System(
+        "BLASST",
+        TENSOR,
+        "`causal & block_sparse(table)`",
+        "as the paper describes it: the blocks that its threshold left, which are known only after "
+        "their scores",
+    ),
+    System(
+        "Block-Attention, parallel context windows",
+        EXACT,
+        "`causal & (same_document(ids) | (q_idx >= context_len))`",
+        "as the papers describe them: passages read alone, then a question that sees all; their "
+        "re-counted positions are not a mask",
     ),
     System(
         "Block-Sparse-Attention",
@@ -74,6 +94,14 @@ SYSTEMS = [
     System(
         "Block (chunked) attention", EXACT, "`chunked`", "Llama 4's chunks; Swin by neighborhood"
     ),
+    System(
+        "CausVid, Self Forcing",
+        EXACT,
+        "`frame_causal(size)`; with a window "
+        "`frame_causal(size) & (kv_idx >= (q_idx // size + 1) * size - w)`; teacher forcing "
+        "`block_diffusion(seq_len, size, clean_first=True)`",
+        "size: the tokens of a chunk of frames",
+    ),
     System("CHELA", NOT, "", "linear attention between convolutions; there is no softmax to mask"),
     System(
         "Combiner",
@@ -81,6 +109,40 @@ SYSTEMS = [
         "`combiner_fixed`",
         "Combiner-Fixed, a mask over the tokens and the summaries appended to them; the summaries "
         "are computed outside. The axial variants nest one attention in another: not a mask",
+    ),
+    System(
+        "DeepSeek-V3.2, GLM-5 (DSA)",
+        TENSOR,
+        "`causal & block_sparse(table, 1)`",
+        "the keys that the indexer picks for each query, the same for all heads: exact, but blocks "
+        "of 128 skip little",
+    ),
+    System(
+        "DeepSeek-V4",
+        TENSOR,
+        "`(causal & window(w) & (kv_idx < seq_len)) | "
+        "((kv_idx >= seq_len) & (kv_idx - seq_len < (q_idx + 1) // rate))`",
+        "its heavily compressed layers, over the tokens and the entries appended to them; the "
+        "compressed sparse layers keep of the entries those of a table. The learned sink is as in "
+        "GPT-OSS",
+    ),
+    System(
+        "Delta Attention",
+        NOT,
+        "",
+        "adds to the output under a mask, any mask, a difference taken at a few dense rows",
+    ),
+    System(
+        "DFlash, JetSpec",
+        EXACT,
+        "`dflash`",
+        "the training of the drafter, given its anchors; JetSpec's is causal inside a block",
+    ),
+    System(
+        "Differential Transformer",
+        NOT,
+        "",
+        "the difference of two softmaxes; each of them takes any mask",
     ),
     System(
         "Double Sparsity",
@@ -107,10 +169,28 @@ SYSTEMS = [
         "as the paper describes it; its search picks the reference frames",
     ),
     System(
+        "Flamingo (attention-gym)",
+        EXACT,
+        "`(lookup(start, kv_idx // size) <= q_idx) & (q_idx < lookup(end, kv_idx // size))`",
+        "keys are images of `size` tokens; each is seen by an interval of the text",
+    ),
+    System(
         "FlashAttention-2",
         EXACT,
         "`full`, `causal`, `causal & window(size)`, `packed`",
         "a dense kernel; window_size=(size - 1, 0), and bottom-right as here",
+    ),
+    System(
+        "FlashMask",
+        EXACT,
+        "`flashmask`",
+        "its tensor as it is; its block_mask is & block_sparse(block_mask.bool())",
+    ),
+    System(
+        "FlashInfer (block-sparse)",
+        TENSOR,
+        "`block_sparse(table, (rows, columns))`",
+        "BlockSparseAttentionWrapper with R = rows and C = columns",
     ),
     System(
         "FlexAttention blog",
@@ -125,11 +205,86 @@ SYSTEMS = [
         "columns and diagonals of blocks, estimated from the last 128 queries",
     ),
     System(
+        "Forgetting Transformer",
+        SCORE,
+        "`score_mod=`",
+        "c[h][q_idx] - c[h][kv_idx], where c sums the log forget gates; next to `causal`",
+    ),
+    System(
+        "Gemma 3",
+        EXACT,
+        "`causal | clusters(image)`, `(causal & window(size)) | clusters(image)`",
+        "the image of each token, negative for text; text alone needs no tensor",
+    ),
+    System(
+        "Gist tokens",
+        EXACT,
+        "`causal & ((kv_idx >= start) | (q_idx < end))`",
+        "gist tokens stand at start to end - 1; after them nothing before them is seen",
+    ),
+    System(
+        "GPT-OSS",
+        EXACT,
+        "`causal`, `causal & window(128)`",
+        "the learned sink of a head is no key: multiply the output by sigmoid(lse - sink)",
+    ),
+    System(
+        "H2O, SnapKV, PyramidKV",
+        TENSOR,
+        "`causal & (q_idx < lookup(dropped, h, kv_idx))`",
+        "dropped: the first query that no longer sees a key, past all queries for one that stays. "
+        "SnapKV and PyramidKV drop at the end of the prompt, H2O while decoding; to skip the keys "
+        "of a decoded token, give `kept_keys` its bits",
+    ),
+    System(
+        "HashAttention, TokenSelect, Twilight",
+        TENSOR,
+        "`causal & kept_keys(bits)`",
+        "as the papers describe them: the tokens picked for a decoded token, by hashes, by a vote "
+        "of heads, or down to a probability",
+    ),
+    System(
+        "HSTU",
+        NOT,
+        "",
+        "SiLU of each score and no softmax; which pairs it keeps is a mask all the same",
+    ),
+    System(
         "HyperAttention",
         NOT,
         "",
         "its sampled keys carry the weight of those left out, and may count twice: a reweighted "
         "estimate. Its sorted blocks alone are clusters(rank_q // block, rank_k // block)",
+    ),
+    System(
+        "Infini-attention",
+        NOT,
+        "",
+        "a memory read by linear attention is mixed in by a gate; the rest of it is chunked",
+    ),
+    System(
+        "InfLLM-V2 (MiniCPM4)",
+        TENSOR,
+        "`causal & block_sparse(table, (1, 64))`",
+        "the blocks of keys of each query, the first and the local ones among them",
+    ),
+    System(
+        "Kimi Linear, Lightning Attention",
+        NOT,
+        "",
+        "linear attention, without a softmax; their full layers are causal",
+    ),
+    System(
+        "Landmark attention",
+        NOT,
+        "",
+        "a softmax in each block, times the weight of its landmark",
+    ),
+    System(
+        "LM-Infinite",
+        EXACT,
+        "`token_streaming`",
+        "its global_branch and local_branch; distances cut at a limit are positions, not a mask",
     ),
     System(
         "LongGen",
@@ -139,10 +294,35 @@ SYSTEMS = [
     ),
     System("Longformer", EXACT, "`longformer`", ""),
     System(
+        "LongLoRA",
+        EXACT,
+        "`causal & chunked(size)`; the second half of the heads "
+        "`causal & ((q_idx + size // 2) // size).equals((kv_idx + size // 2) // size)`",
+        "as its flash-attention code has it; without that, the shift wraps round",
+    ),
+    System(
+        "LongNet",
+        NOT,
+        "",
+        "several softmaxes, merged by their denominators: a key in two of them counts twice",
+    ),
+    System(
         "LServe",
         EXACT,
         "`lserve`; the pages when decoding: `kept_keys(pages, 64)`",
         "the prefill; the pages are a tensor of its page selector",
+    ),
+    System(
+        "MagiAttention",
+        EXACT,
+        "`attention_slices`",
+        "its ranges and types as they are; how it spreads them over GPUs is not a mask",
+    ),
+    System(
+        "MagicPIG",
+        NOT,
+        "",
+        "as the paper describes it: keys sampled by hashes, and weighted by how likely that was",
     ),
     System(
         "MInference",
@@ -150,6 +330,18 @@ SYSTEMS = [
         "`a_shape`, `tri_shape`, `vertical_slash`, `causal & block_sparse(table, 64)`",
         "A-shape and tri-shape need no tensor. Vertical-slash is the rule of the paper; the "
         "released kernel widens each diagonal to 64 keys and keeps a superset",
+    ),
+    System(
+        "MiniMax-M3",
+        TENSOR,
+        "`causal & block_sparse(table, (1, size))`",
+        "the blocks of keys of each query and group of heads, the local ones among them",
+    ),
+    System(
+        "MLA",
+        NOT,
+        "",
+        "how keys and values are stored; takes any mask",
     ),
     System(
         "MMInference",
@@ -164,6 +356,12 @@ SYSTEMS = [
         EXACT,
         "`moa`",
         "the run-time spans, given alpha and beta of each head; its search uses one block more",
+    ),
+    System(
+        "MoBA",
+        TENSOR,
+        "`causal & block_sparse(table, (1, size))`",
+        "the blocks of keys that its gate picks for each query, the query's own among them",
     ),
     System(
         "MTraining",
@@ -208,7 +406,19 @@ SYSTEMS = [
         "Quest", TENSOR, "`causal & kept_keys(pages, 16)`", "the pages picked for a decoded token"
     ),
     System(
+        "Radial Attention",
+        EXACT,
+        "`radial_attention`",
+        "the blocks of the released code, which rounds the bands of the paper",
+    ),
+    System(
         "Relative position", SCORE, "`score_mod=`", "a term added to the score, next to any mask"
+    ),
+    System(
+        "Ring attention, Ulysses",
+        NOT,
+        "",
+        "where keys are; examples/context_parallel.py runs any mask so",
     ),
     System(
         "Routing Transformer",
@@ -233,13 +443,44 @@ SYSTEMS = [
         "relu attention over activated tokens, without a softmax. With softmax: qk_sparse and a "
         "window over ranks, lookup(rank, q_idx) - lookup(rank, kv_idx) <= w",
     ),
-    System("Shared prefix (attention-gym)", EXACT, "`shared_prefix`", ""),
+    System(
+        "Shared prefix (attention-gym)",
+        EXACT,
+        "`shared_prefix`",
+        "and trees of prefixes, such as rollouts that branch",
+    ),
+    System(
+        "SLA",
+        NOT,
+        "",
+        "adds linear attention of the blocks between; its critical blocks are block_sparse(table)",
+    ),
     System("Sliding Tile Attention", EXACT, "`sliding_tile`", "tokens stored tile by tile"),
     System("Soft-capping", SCORE, "`score_mod=`", "attention-gym's generate_tanh_softcap"),
+    System(
+        "SpargeAttn",
+        TENSOR,
+        "`block_sparse(table, (128, 64))`",
+        "(64, 128) on Hopper. What it skips of the products with values, by the scores at run "
+        "time, and its quantisation are not a mask",
+    ),
+    System(
+        "SpecInfer, Medusa, EAGLE",
+        EXACT,
+        "`token_tree`",
+        "the tree of a draft, one for all batch rows or for each",
+    ),
     System(
         "Sparse Transformer", EXACT, "`sparse_transformer_fixed`, `sparse_transformer_strided`", ""
     ),
     System("Sparse VideoGen", EXACT, "`spatial_head`, `temporal_head`", ""),
+    System(
+        "Sparse VideoGen 2",
+        TENSOR,
+        "`lookup(table, h, lookup(q_cluster, h, q_idx), lookup(kv_cluster, h, kv_idx))`",
+        "which clusters of keys a cluster of queries sees; whole blocks, where tokens stand in the "
+        "order of their clusters",
+    ),
     System(
         "Sparse-vDiT",
         EXACT,
@@ -261,13 +502,51 @@ SYSTEMS = [
         "single pairs: exact, but blocks of 128 skip nothing",
     ),
     System(
+        "Star Attention",
+        EXACT,
+        "`star_attention`",
+        "both phases as one mask; which host has which block is not a mask",
+    ),
+    System(
+        "Stick-breaking attention",
+        NOT,
+        "",
+        "weights from a product over the keys between, without a softmax",
+    ),
+    System(
         "StreamingLLM",
         EXACT,
         "`streaming_llm`, `token_streaming`",
         "which keys are seen; the positions re-counted inside the cache are not a mask",
     ),
     System("T5", EXACT, "`prefix`", ""),
+    System(
+        "Transfusion",
+        EXACT,
+        "`causal | (kv_idx < lookup(ends, q_idx))`",
+        "the end of the image that a token is in, 0 for text",
+    ),
+    System(
+        "TriangleMix",
+        EXACT,
+        "`tri_shape`",
+        "as the paper describes it: in the deeper layers; those before are dense",
+    ),
     System("VSA", TENSOR, "`block_sparse(table, tile)`", "its fine pass, on tokens in tile order"),
+    System(
+        "WeNet (U2)",
+        EXACT,
+        "`frame_causal(size)`; with left chunks "
+        "`frame_causal(size) & (q_idx // size - kv_idx // size <= left)`",
+        "subsequent_chunk_mask, of streaming speech encoders",
+    ),
+    System(
+        "xFormers (attn_bias)",
+        EXACT,
+        "`causal`, `causal & window(size)`, `packed`, `padding`; local attention "
+        "`(kv_idx >= q_idx - left) & (kv_idx <= q_idx + right)`",
+        "those named FromBottomRight; LowerTriangularMask is causal compiled with q_offset=0",
+    ),
     System(
         "XAttention", TENSOR, "`causal & block_sparse(table)`", "blocks by anti-diagonal scores"
     ),

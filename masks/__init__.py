@@ -4,6 +4,7 @@ Each is a Mask or a function that returns one; combine them with & | ~ and per_h
 `systems`, s2_attention and phi3_small return the masks of all heads.
 """
 
+from flexsparse.masks.diffusion import block_diffusion, dflash
 from flexsparse.masks.documents import bifurcated, packed, padding, same_document
 from flexsparse.masks.grids import axial, neighborhood, sliding_tile
 from flexsparse.masks.models import (
@@ -30,6 +31,7 @@ from flexsparse.masks.streaming import (
     a_shape,
     block_streaming,
     duo_streaming,
+    star_attention,
     streaming_llm,
     token_streaming,
     tri_shape,
@@ -63,6 +65,7 @@ from flexsparse.masks.video import (
     frame_causal,
     mminference_grid,
     multi_diagonal,
+    radial_attention,
     spatial_head,
     temporal_head,
     vertical_stripe,
@@ -75,6 +78,7 @@ __all__ = [
     "axial",
     "bifurcated",
     "bigbird",
+    "block_diffusion",
     "block_sparse",
     "block_sparse_attention",
     "block_streaming",
@@ -82,6 +86,7 @@ __all__ = [
     "chunked",
     "clusters",
     "combiner_fixed",
+    "dflash",
     "diagonal",
     "dilated",
     "duo_attention",
@@ -106,6 +111,7 @@ __all__ = [
     "phi3_small",
     "prefix",
     "qk_sparse",
+    "radial_attention",
     "relative_stride",
     "s2_attention",
     "same_document",
@@ -115,6 +121,7 @@ __all__ = [
     "sparse_transformer_fixed",
     "sparse_transformer_strided",
     "spatial_head",
+    "star_attention",
     "streaming_llm",
     "strided",
     "temporal_head",

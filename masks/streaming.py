@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from flexsparse import Mask, MaskError, kv_idx, pattern, q_idx
 from flexsparse.masks.arguments import at_least, booleans, is_int, one_of
-from flexsparse.masks.positions import causal, sink, window
+from flexsparse.masks.positions import causal, chunked, sink, window
 
 DUO_PHASES = ("training", "training_blocks", "prefill", "decoding")
 
@@ -184,3 +184,39 @@ def tri_shape(kv_len: int, n_init: int = 128, n_local: int = 3968, n_last: int =
     at_least("tri_shape", 1, kv_len=kv_len, n_local=n_local)
     at_least("tri_shape", 0, n_init=n_init, n_last=n_last)
     return causal & (sink(n_init) | window(n_local) | (q_idx >= kv_len - n_last))
+
+
+@pattern
+def star_attention(context_len: int, block_size: int, anchor_size: int | None = None) -> Mask:
+    """Causal, of which the context sees its own block and the anchor, and the query after it all.
+
+    A block is run there behind a copy of the anchor, which sees itself alone, as the first tokens
+    do: their keys are the same.
+
+    star_attention(6, 2, 1), 8 x 8:
+        #.......
+        ##......
+        #.#.....
+        #.##....
+        #...#...
+        #...##..
+        #######.
+        ########
+
+    Args:
+        context_len: tokens of the context; those after it are the query and the answer.
+        block_size: tokens of a block of the context.
+        anchor_size: first tokens of the first block that every block sees: all of them by default;
+            with 0 each block is read alone.
+
+    Source: Star Attention (arXiv 2411.17116), StarAttentionModel.
+    """
+    anchor_size = block_size if anchor_size is None else anchor_size
+    at_least("star_attention", 0, context_len=context_len, anchor_size=anchor_size)
+    at_least("star_attention", 1, block_size=block_size)
+    if anchor_size > block_size:
+        raise MaskError(
+            f"star_attention(block_size={block_size}, anchor_size={anchor_size}): the anchor is a "
+            f"part of the first block; use an anchor_size of at most {block_size}."
+        )
+    return causal & (chunked(block_size) | sink(anchor_size) | (q_idx >= context_len))

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from flexsparse import PerHead, q_idx
+from flexsparse import PerHead, h, kv_idx, lookup, q_idx
 from flexsparse.masks import (
     a_shape,
     attention_slices,
@@ -17,6 +17,7 @@ from flexsparse.masks import (
     axial,
     bifurcated,
     bigbird,
+    block_diffusion,
     block_sparse,
     block_sparse_attention,
     block_streaming,
@@ -24,6 +25,7 @@ from flexsparse.masks import (
     chunked,
     clusters,
     combiner_fixed,
+    dflash,
     diagonal,
     dilated,
     duo_attention,
@@ -48,6 +50,7 @@ from flexsparse.masks import (
     phi3_small,
     prefix,
     qk_sparse,
+    radial_attention,
     relative_stride,
     s2_attention,
     same_document,
@@ -57,6 +60,7 @@ from flexsparse.masks import (
     sparse_transformer_fixed,
     sparse_transformer_strided,
     spatial_head,
+    star_attention,
     streaming_llm,
     strided,
     temporal_head,
@@ -247,6 +251,57 @@ case(
 )
 
 
+# block diffusion
+def block_diff_mask(n, block):
+    """As block_diff_mask of BD3-LMs computes it, over [noised | clean]."""
+
+    def rule(q, k):
+        q_clean, k_clean = q >= n, k >= n
+        q_block = (q - n) // block if q_clean else q // block
+        k_block = (k - n) // block if k_clean else k // block
+        diagonal = q_block == k_block and q_clean == k_clean
+        offset_causal = q_block > k_block and k_clean and not q_clean
+        causal = q_block >= k_block and k_clean and q_clean
+        return diagonal or offset_causal or causal
+
+    return rule
+
+
+def teacher_forcing(n, block):
+    """As Self Forcing's teacher forcing computes it, over [clean | noised]."""
+
+    def rule(q, k):
+        if q < n:
+            return k < (q // block + 1) * block
+        number = (q - n) // block
+        start = n + number * block
+        return start <= k < start + block or k < number * block
+
+    return rule
+
+
+case(block_diffusion(12, 4), block_diff_mask(12, 4), [(24, 24, 0)])
+case(block_diffusion(11, 4), block_diff_mask(11, 4), [(22, 22, 0), (7, 22, 15)])
+case(block_diffusion(12, 3, True), teacher_forcing(12, 3), [(24, 24, 0)])
+ANCHORS = torch.tensor([[3, 9, -1, 20, 0, *range(40)], [7, 1, 1, -1, 60, *range(40)]])
+
+
+def dflash_rule(context, block, causal_inside=False):
+    def rule(b, h, q, k):
+        anchor, is_kept = ANCHORS[b, q // block], ANCHORS[b, q // block] >= 0
+        own = k >= context and q // block == (k - context) // block
+        if causal_inside:
+            own = own and (k - context) % block <= q % block
+        return is_kept and ((k < context and k < anchor) or own)
+
+    return rule
+
+
+case(dflash(ANCHORS[0], 14, 3), lambda q, k: dflash_rule(14, 3)(0, 0, q, k))
+case(dflash(ANCHORS, 14, 3), dflash_rule(14, 3), batch=2, name="dflash of a batch")
+case(dflash(ANCHORS, 5, 4, True), dflash_rule(5, 4, True), batch=2, name="dflash, JetSpec")
+
+
 # grids
 def coordinates(index, shape, tile=None):
     """Where token `index` stands: counted through the grid, or through its tiles one by one."""
@@ -389,6 +444,49 @@ def temporal(prompt, frames, tokens, width):
 
 
 case(temporal_head(3, 4, 7, 2), temporal(3, 4, 7, 2))
+
+
+def radial(frames, tokens, text, decay, model, size):
+    """The mask of each pair of frames, element by element, then shrunk to blocks."""
+    n_blocks = ceil((frames * tokens + text) / size)
+    border = frames * tokens // size
+    kept = torch.zeros(n_blocks, n_blocks, dtype=torch.bool)
+    kept[border:] = kept[:, border:] = True
+    ahead = (torch.arange(tokens)[None] - torch.arange(tokens)[:, None]).abs()
+    for i in range(frames):
+        for j in range(frames):
+            gap = abs(i - j)
+            length = 2 ** tokens.bit_length() / 2 ** gap.bit_length()
+            if j == 0 or gap == 0 or (gap == 1 and model == "hunyuan"):
+                band = ahead <= tokens
+            else:
+                band = ahead <= (tokens // 2 if gap == 1 else max(length * decay, size))
+            if j > 0 and length < size and gap % int(size / length):
+                band = band & False
+            n = ceil(tokens / size)
+            top, left = i * tokens % size, j * tokens % size
+            padded = torch.zeros(top + n * size, left + n * size, dtype=torch.bool)
+            padded[top : top + tokens, left : left + tokens] = band
+            share = padded[: n * size, : n * size].view(n, size, n, size).sum(1) / size
+            blocks = (share > 1 / 3).sum(-1) / ((share > 0).sum(-1) + 1e-9) > 0.6
+            row, column = i * tokens // size, j * tokens // size
+            kept[row : row + n, column : column + n] |= blocks
+    return lambda q, k: kept[q // size, k // size]
+
+
+for radial_case in [
+    (9, 10, 12, 1.0, "wan", 4),
+    (9, 10, 12, 0.5, "hunyuan", 4),
+    (5, 37, 20, 0.3, "wan", 8),
+    (20, 6, 12, 1.0, "hunyuan", 8),
+]:
+    f, t, text, *others = radial_case
+    whole_video = (f * t + text) // others[-1] * others[-1]
+    case(
+        radial_attention(f, t, *others),
+        radial(*radial_case),
+        [(whole_video, whole_video, 0)],
+    )
 case(diagonal(3), lambda q, k: abs(q - k) <= 3)
 case(
     multi_diagonal(7, 2),
@@ -473,6 +571,23 @@ case(
     lambda q, k: k <= q and (q - k < 5 or k < 2 or q >= 24 - 4),
     [(24, 24, 0), (7, 24, 17)],
 )
+
+
+def star_rule(context, block, anchor):
+    """A token of the context runs in [anchor | its block], one after it on the whole cache."""
+
+    def rule(q, k):
+        if q >= context:
+            return k <= q
+        start = q // block * block
+        return (start > 0 and k < anchor) or start <= k <= q
+
+    return rule
+
+
+case(star_attention(17, 4), star_rule(17, 4, 4))
+case(star_attention(17, 5, 2), star_rule(17, 5, 2))
+case(star_attention(17, 5, 0), star_rule(17, 5, 0))
 
 # models
 case(
@@ -823,4 +938,90 @@ case(
     attention_slices(torch.tensor([[2, 4]]), torch.tensor([[1, 3]])),
     lambda q, k: q in (2, 3) and k in (1, 2),
     name="attention_slices, no types",
+)
+
+# systems that are expressions: each as docs/systems.md writes it
+case(
+    frame_causal(6) & (q_idx // 6 - kv_idx // 6 <= 2),
+    lambda q, k: max((q // 6 - 2) * 6, 0) <= k < (q // 6 + 1) * 6,
+    name="WeNet's left chunks",
+)
+case(
+    frame_causal(6) & (kv_idx >= (q_idx // 6 + 1) * 6 - 9),
+    lambda q, k: (q // 6 + 1) * 6 - 9 <= k < (q // 6 + 1) * 6,
+    name="Self Forcing's window",
+)
+
+
+def longlora_rule(q, k):
+    """Sequences that start half a group late, the first and the last of half a group."""
+    starts = [0, *range(4, 400, 8)]
+    start = max(s for s in starts if s <= q)
+    return start <= k <= q
+
+
+case(
+    causal & ((q_idx + 8 // 2) // 8).equals((kv_idx + 8 // 2) // 8),
+    longlora_rule,
+    name="LongLoRA's shifted heads",
+)
+
+
+def gist_rule(q, k):
+    """As make_gist_mask, with gist tokens at 7, 8 and 9, times causal."""
+    after_first, up_to_last = k >= 7, k < 10
+    return k <= q and (up_to_last if q < 10 else after_first)
+
+
+case(causal & ((kv_idx >= 7) | (q_idx < 10)), gist_rule, name="gist tokens")
+IMAGES = [(2, 6), (6, 11), (15, 17)]
+ENDS_OF_IMAGES = torch.tensor(
+    [next((end for start, end in IMAGES if start <= t < end), 0) for t in range(400)]
+)
+case(
+    causal | (kv_idx < lookup(ENDS_OF_IMAGES, q_idx)),
+    lambda q, k: k <= q or any(q >= start and k < end for start, end in IMAGES),
+    name="Transfusion",
+)
+DROPPED = torch.randint(0, 40, (2, 400), generator=torch.Generator().manual_seed(5))
+
+
+def eviction_rule(h, q, k):
+    """A cache that takes in the key of each query, and then drops those whose time has come."""
+    cache = set()
+    for step in range(q + 1):
+        cache.add(step)
+        cache = {key for key in cache if DROPPED[h, key] > step}
+    return k in cache
+
+
+case(
+    causal & (q_idx < lookup(DROPPED, h, kv_idx)),
+    eviction_rule,
+    n_heads=2,
+    name="H2O",
+)
+CLUSTER_MAP = torch.rand(2, 3, 5, generator=torch.Generator().manual_seed(6)) < 0.5
+Q_CLUSTER = torch.randint(0, 3, (2, 400), generator=torch.Generator().manual_seed(7))
+KV_CLUSTER = torch.randint(0, 5, (2, 400), generator=torch.Generator().manual_seed(8))
+case(
+    lookup(CLUSTER_MAP, h, lookup(Q_CLUSTER, h, q_idx), lookup(KV_CLUSTER, h, kv_idx)),
+    lambda h, q, k: CLUSTER_MAP[h, Q_CLUSTER[h, q], KV_CLUSTER[h, k]],
+    n_heads=2,
+    name="Sparse VideoGen 2",
+)
+
+
+def compressed_rule(q, k):
+    """Keys are 24 tokens and then an entry for each 5 of them; a window of 6 keys."""
+    if k < 24:
+        return q - 6 < k <= q
+    return not k - 24 >= (q + 1) // 5
+
+
+case(
+    (causal & window(6) & (kv_idx < 24)) | ((kv_idx >= 24) & (kv_idx - 24 < (q_idx + 1) // 5)),
+    compressed_rule,
+    [(24, 28, 0)],
+    name="DeepSeek-V4",
 )

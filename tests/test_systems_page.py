@@ -2,7 +2,12 @@ import importlib.util
 import re
 from pathlib import Path
 
+import pytest
+import torch
+
+import flexsparse
 import flexsparse.masks as library
+from flexsparse import Mask
 
 SCRIPT = Path(__file__).parents[1] / "docs" / "make_systems.py"
 
@@ -37,3 +42,39 @@ def test_every_pattern_says_where_it_is_from():
     # these are common to all; every other pattern names a paper or a system
     common = {"full", "causal", "padding"}
     assert [n for n in library.__all__ if n not in common and not script().source(n)] == []
+
+
+PLACES = torch.arange(64)
+TABLE = torch.eye(64, dtype=torch.bool)
+EXAMPLES = {
+    **dict.fromkeys(
+        ["size", "block_size", "tile", "rows", "columns", "w", "rate", "left", "right"], 4
+    ),
+    **dict.fromkeys(["start", "seq_len", "context_len"], 16),
+    **dict.fromkeys(["bits", "pages", "blocks"], PLACES < 9),
+    **dict.fromkeys(["ids", "image", "ends", "rank_u", "rank_tau", "vertical", "slash"], PLACES),
+    **dict.fromkeys(["original", "q_cluster", "kv_cluster"], PLACES[None]),
+    "dropped": PLACES[None] + 9,
+    "end": 20,
+    "table": TABLE,
+}
+
+
+def expressions():
+    """The rows' expressions that are more than a name, each with its system."""
+    for system in script().SYSTEMS:
+        for code in re.findall(r"`([^`]*)`", system.here):
+            if re.search(r"\W", code) and code != "score_mod=":
+                yield pytest.param(system.name, code, id=f"{system.name}: {code}")
+
+
+@pytest.mark.parametrize(("system", "code"), list(expressions()))
+def test_every_expression_of_the_page_is_a_mask(system, code):
+    examples = dict(EXAMPLES)
+    if system.startswith("Flamingo"):
+        examples |= {"start": PLACES, "end": PLACES + 9}
+    if system == "Sparse VideoGen 2":
+        examples["table"] = TABLE[None]
+    mask = eval(code, {**vars(flexsparse), **vars(library), **examples})
+    assert isinstance(mask, Mask)
+    assert mask(torch.tensor(0), torch.tensor(0), PLACES[:40, None], PLACES[:44]).any()
