@@ -48,7 +48,7 @@ def shared_prefix(cu_seqlens: Tensor | Sequence[int], prefix_of: Tensor | Sequen
         )
     enter, leave = _subtrees("shared_prefix", parents)
     document, _ = sequences_of(ends)
-    enter, leave = (x.to(document.device)[document.long()] for x in (enter, leave))
+    enter, leave = enter[document.long()], leave[document.long()]
     mine = number(enter, q_idx)
     its, its_end = number(enter, kv_idx), number(leave, kv_idx)
     continues = (its <= mine) & (mine < its_end)
@@ -90,10 +90,7 @@ def token_tree(parents: Tensor | Sequence[int], context_len: int = 0) -> Mask:
     # the context is a node of its own, number 0
     nodes = torch.nn.functional.pad(parents.long() + 1, (1, 0))
     subtrees = [_subtrees("token_tree", tree) for tree in nodes.view(-1, n_tokens + 1)]
-    enter, leave = (
-        torch.stack(numbers).view(nodes.shape).to(parents.device)
-        for numbers in zip(*subtrees, strict=True)
-    )
+    enter, leave = (torch.stack(x).view(nodes.shape) for x in zip(*subtrees, strict=True))
     batch = [b] if parents.dim() == 2 else []
     q_node, kv_node = (maximum(x - (context_len - 1), 0) for x in (q_idx, kv_idx))
     mine = number(enter, *batch, q_node)
@@ -125,4 +122,5 @@ def _subtrees(name: str, parents: Tensor) -> tuple[Tensor, Tensor]:
         pending.extend(reversed(children[node]))
     if visited < len(parents):
         raise MaskError(f"{name} got a circle: following parents must end at one without a parent.")
-    return torch.tensor(enter, dtype=torch.int32), torch.tensor(leave, dtype=torch.int32)
+    numbers = torch.tensor([enter, leave], dtype=torch.int32, device=parents.device)
+    return numbers[0], numbers[1]

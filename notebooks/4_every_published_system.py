@@ -33,6 +33,11 @@ page = {
     "TriangleMix, tri-shape": masks.tri_shape(N, 128, 400, 200),
     "NATTEN, 2-D": masks.neighborhood((32, 64), (9, 17)),
     "video: frames in order": masks.frame_causal(**clips),
+    "Radial Attention": masks.radial_attention(32, 64, block_size=16),
+    "block diffusion": masks.block_diffusion(N // 2, 128),
+    "Star Attention": masks.star_attention(1700, 400),
+    "rollouts of one prompt": masks.shared_prefix([0, 500, 800, 1200, 1500, N], [0, 0, 1, 1, 0]),
+    "FlashMask, a window": masks.flashmask((torch.arange(N) + 300).view(1, 1, N, 1), causal=True),
     "block-sparse": causal & masks.block_sparse((row + 2 * column) % 5 == 0, block_size=64),
 }
 # one head for each system: the same picture shows what each computes
