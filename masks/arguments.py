@@ -123,7 +123,7 @@ def tensor_of(name: str, argument: str, value: Any, kind: str, dims: dict[int, s
 def integers(name: str, argument: str, value: Any, shape: str) -> Tensor:
     """A list of ints as a tensor, and a tensor of integers of one dimension as it is."""
     if isinstance(value, (list, tuple)) and all(is_int(n) and abs(n) < 2**63 for n in value):
-        return torch.tensor(value, dtype=torch.int64)
+        return torch.tensor(value, dtype=torch.int64, device="cpu")  # whatever the default is
     tensor_of(name, argument, value, "integer", {1: shape})
     tensor: Tensor = value
     return tensor

@@ -17,8 +17,10 @@ from flexsparse.masks import (
     full,
     packed,
     same_document,
+    shared_prefix,
     sink,
     strided,
+    token_tree,
     window,
 )
 from flexsparse.packed.varlen import plan_varlen
@@ -350,6 +352,7 @@ def test_a_default_device_without_numbers():
         attend = fs.compile_mask(of_four_kinds(IDS), N, N, device="cpu")
         assert attend.block_mask.kv_indices.device.type == "cpu"
         assert fs.check(causal & window(9), N, N)
+        assert fs.check(token_tree([-1, 0]) | shared_prefix([0, 2, N], [0, 0]), 2, 2)
         out = attend(q, k, v, executor="blockwise")
     torch.testing.assert_close(out, expected)
 
