@@ -261,12 +261,13 @@ def table_bounds(table: Table) -> Interval | Truth:
     """
     if table.without_values:
         raise MaskError(table.without_values)
-    low, high = (x.cpu() for x in table.tensor.detach().aminmax())
+    tensor = table.tensor.detach()
+    is_boolean = tensor.dtype == torch.bool
+    # torch is many times slower with booleans
+    low, high = (x.cpu() for x in (tensor.view(torch.uint8) if is_boolean else tensor).aminmax())
     if low.is_floating_point():
         return settled(Interval(low, high))
-    if low.dtype == torch.bool:
-        return Truth(bool(low), bool(high))
-    return Interval(int(low), int(high))
+    return Truth(bool(low), bool(high)) if is_boolean else Interval(int(low), int(high))
 
 
 # what the operators mean on intervals; `lookup` takes the Pyramid of its table
