@@ -431,6 +431,12 @@ SYSTEMS = [
         "S2-Attention (dkernel)", EXACT, "`s2_attention`, `local_stride`, `relative_stride`", ""
     ),
     System(
+        "scaled_dot_product_attention",
+        TENSOR,
+        "`causal`, `block_sparse(attn_mask, 1)`",
+        "a boolean attn_mask; its is_causal counts from the first query: compile with q_offset=0",
+    ),
+    System(
         "SeerAttention",
         TENSOR,
         "`causal & block_sparse(table, 64)`; decoding `kept_keys(blocks, 64)`",

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexsparse import Index, Mask, MaskError, lookup
+from flexsparse import Index, Mask, MaskError, b, h, lookup
 
 MOST_HEADS = 1 << 16  # or layers: each is made by itself
 UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)  # of which torch can do next to nothing
@@ -130,12 +130,23 @@ def integers(name: str, argument: str, value: Any, shape: str) -> Tensor:
 
 
 def number(table: Tensor, *indices: Index) -> Index:
-    """An entry of an integer table."""
-    entry: Index = lookup(table, *indices)
+    """An entry of an integer table; dimensions before those of the indices as in `_entry`."""
+    entry: Index = _entry(table, indices)
     return entry
 
 
 def flag(table: Tensor, *indices: Index) -> Mask:
-    """An entry of a boolean table."""
-    entry: Mask = lookup(table, *indices)
+    """An entry of a boolean table; dimensions before those of the indices as in `_entry`."""
+    entry: Mask = _entry(table, indices)
     return entry
+
+
+def _entry(table: Tensor, indices: tuple[Index, ...]) -> Any:
+    """An entry of a table of heads, or of batch rows and heads, if it has more dimensions.
+
+    Where it has one of them, that stands for all: the mask does not read the head, or batch row.
+    """
+    more = table.dim() - len(indices)
+    indices = ((), (h,), (b, h))[more] + indices
+    one = [i for i, x in enumerate(indices) if (x is b or x is h) and table.shape[i] == 1]
+    return lookup(table.squeeze(one), *(x for i, x in enumerate(indices) if i not in one))

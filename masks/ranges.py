@@ -41,17 +41,14 @@ def flashmask(
     at_least("flashmask", 1, group_size=group_size)
     shape = {4: "[B, heads, kv_len, numbers]"}
     tensor_of("flashmask", "startend_row_indices", startend_row_indices, "integer", shape)
-    n_batch, n_heads, _, n_numbers = startend_row_indices.shape
+    n_numbers = startend_row_indices.shape[-1]
     if n_numbers not in NUMBERS[causal]:
         raise MaskError(
             f"flashmask(causal={causal}) got {n_numbers} numbers for each key; it must have "
             f"{' or '.join(map(str, NUMBERS[causal]))}."
         )
-    batch = [] if n_batch == 1 else [b]
-    head = [] if n_heads == 1 else [h if group_size == 1 else h // group_size]
-    tables = startend_row_indices[0] if n_batch == 1 else startend_row_indices
-    tables = tables.squeeze(-3) if n_heads == 1 else tables
-    numbers = [number(table, *batch, *head, kv_idx) for table in tables.unbind(-1)]
+    head = h // group_size if group_size > 1 and startend_row_indices.shape[1] > 1 else h
+    numbers = [number(x, b, head, kv_idx) for x in startend_row_indices.unbind(-1)]
     row = _row("flashmask", q_offset)
     if causal:
         return (kv_idx <= q_idx) & _outside(row, *numbers)

@@ -89,11 +89,9 @@ def block_sparse_attention(
                 sink, local, is_causal=is_causal, q_offset=q_offset, kv_len=kv_len
             )
         assert base_blockmask is not None
-        table = base_blockmask[:, sparse_heads.index(head)]
-        # one table for all batch rows leaves the mask the same for all of them
-        kept = block_sparse(table[0] if len(table) == 1 else table[:, None], 128, q_offset)
-        # a table of one head, whichever head that is
-        kept = kept.at(h=0).named(f"block_sparse({tuple(table.shape[-2:])} blocks of 128)")
+        place = sparse_heads.index(head)
+        kept = block_sparse(base_blockmask[:, place : place + 1], 128, q_offset)
+        kept = kept.named(f"block_sparse({tuple(base_blockmask.shape[-2:])} blocks of 128)")
         return causal & kept if is_causal else kept
 
     return per_head([mask_of(head) for head in range(len(types))])

@@ -1,7 +1,7 @@
 """Patterns given as tensors, such as an estimator's: blocks, keys, columns and diagonals, clusters.
 
 Tables of tokens are [tokens], [heads, tokens] or [B, heads, tokens]: the same for all heads, one
-for each query head, or also one for each batch row.
+for each query head, or also one for each batch row. One head, or one batch row, stands for all.
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ from flexsparse import (
     Index,
     Mask,
     MaskError,
-    b,
-    h,
     kv_idx,
     maximum,
     minimum,
@@ -47,10 +45,13 @@ def block_sparse(table: Tensor, block_size: int | tuple[int, int] = 128, q_offse
                                                                                                 ##..
     Args:                                                                                       ####
         table: boolean [rows, columns], [heads, rows, columns] or [B, heads, rows, columns].    ####
+            One head, or one batch row, stands for all: [B, 1, rows, columns].
         block_size: tokens of a block of the table, or (of queries, of keys), such as (2048, 1) for
             AnchorAttention's columns; it may differ from the compiled block_size.
         q_offset: position of query row 0, if the rows of the table count from there
             (Block-Sparse-Attention) and not from position 0.
+
+    A boolean attn_mask of scaled_dot_product_attention is block_sparse(attn_mask, 1).
 
     Source: Block-Sparse-Attention's base_blockmask.
     """
@@ -64,7 +65,7 @@ def block_sparse(table: Tensor, block_size: int | tuple[int, int] = 128, q_offse
     if not is_int(q_offset):
         raise MaskError(f"block_sparse(q_offset={q_offset!r}): q_offset must be an int.")
     row = (q_idx - q_offset if q_offset else q_idx) // q_block
-    return flag(table, *(b, h)[4 - table.dim() :], row, kv_idx // kv_block)
+    return flag(table, row, kv_idx // kv_block)
 
 
 @pattern
@@ -81,7 +82,7 @@ def kept_keys(bits: Tensor, block_size: int = 1) -> Mask:
     """
     tensor_of("kept_keys", "bits", bits, "boolean", PER_TOKEN)
     at_least("kept_keys", 1, block_size=block_size)
-    return _flag(bits, kv_idx // block_size if block_size > 1 else kv_idx)
+    return flag(bits, kv_idx // block_size if block_size > 1 else kv_idx)
 
 
 @pattern
@@ -156,15 +157,14 @@ def vertical_slash_blocks(vertical: Tensor, slash: Tensor, granularity: int = 12
 def _members(name: str, argument: str, given: Tensor) -> Callable[[Index], Mask]:
     """Whether an index is in a set: numbers in a list, or true entries of a boolean table."""
     tensor_of(name, argument, given, "boolean or integer", PER_LIST)
-    leading = (b, h)[3 - given.dim() :]
     if given.dtype == torch.bool:
-        return lambda index: flag(given, *leading, index)
+        return lambda index: flag(given, index)
     # the last entry stands for all numbers past the largest
     past = max(_largest(name, argument, given) + 1, 0)
     table = torch.zeros(*given.shape[:-1], past + 1, dtype=torch.bool, device=given.device)
     table.scatter_(-1, torch.where(given < 0, past, given).long(), True)
     table[..., past] = False
-    return lambda index: flag(table, *leading, minimum(index, past))
+    return lambda index: flag(table, minimum(index, past))
 
 
 def _largest(name: str, argument: str, given: Tensor) -> int:
@@ -192,7 +192,7 @@ def qk_sparse(q_keep: Tensor, k_keep: Tensor) -> Mask:
     """
     tensor_of("qk_sparse", "q_keep", q_keep, "boolean", PER_TOKEN)
     tensor_of("qk_sparse", "k_keep", k_keep, "boolean", PER_TOKEN)
-    return causal & _flag(q_keep, q_idx) & _flag(k_keep, kv_idx)
+    return causal & flag(q_keep, q_idx) & flag(k_keep, kv_idx)
 
 
 @pattern
@@ -213,7 +213,7 @@ def hash_sparse(q_hash: Tensor, k_hash: Tensor) -> Mask:
     """
     tensor_of("hash_sparse", "q_hash", q_hash, "integer", PER_TOKEN)
     tensor_of("hash_sparse", "k_hash", k_hash, "integer", PER_TOKEN)
-    return (kv_idx < q_idx) & _number(q_hash, q_idx).equals(_number(k_hash, kv_idx))
+    return (kv_idx < q_idx) & number(q_hash, q_idx).equals(number(k_hash, kv_idx))
 
 
 @pattern
@@ -236,14 +236,6 @@ def clusters(q_cluster: Tensor, k_cluster: Tensor | None = None, is_causal: bool
     k_cluster = q_cluster if k_cluster is None else k_cluster
     tensor_of("clusters", "q_cluster", q_cluster, "integer", PER_TOKEN)
     tensor_of("clusters", "k_cluster", k_cluster, "integer", PER_TOKEN)
-    mine = _number(q_cluster, q_idx)
-    kept = mine.equals(_number(k_cluster, kv_idx)) & (mine >= 0)
+    mine = number(q_cluster, q_idx)
+    kept = mine.equals(number(k_cluster, kv_idx)) & (mine >= 0)
     return causal & kept if is_causal else kept
-
-
-def _number(table: Tensor, index: Index) -> Index:
-    return number(table, *(b, h)[3 - table.dim() :], index)
-
-
-def _flag(table: Tensor, index: Index) -> Mask:
-    return flag(table, *(b, h)[3 - table.dim() :], index)

@@ -219,3 +219,34 @@ def test_the_namespace_lists_every_pattern():
     public = {name for name, value in vars(library).items() if not name.startswith("_")}
     modules = {name for name in public if inspect.ismodule(getattr(library, name))}
     assert public - modules == set(library.__all__)
+
+
+def of_tables(tokens):
+    """Masks of integer tables of 6 tokens, which may have heads, and batch rows before them."""
+    kept = tokens > 0
+    of_heads = [1] * (3 - tokens.dim()) + list(tokens.shape)
+    return [
+        library.block_sparse(kept.unsqueeze(-2), (6, 1)),
+        library.kept_keys(kept),
+        library.clusters(tokens),
+        library.hash_sparse(tokens, tokens),
+        library.qk_sparse(kept, kept),
+        library.vertical_slash(tokens, kept),
+        library.flashmask(tokens.view(*of_heads, 1), True, group_size=2),
+    ]
+
+
+def test_one_head_or_one_batch_row_of_a_table_stands_for_all():
+    ids = torch.arange(6) // 2
+    shared = of_tables(ids)
+    assert of_tables(ids[None]) == of_tables(ids[None, None]) == shared
+    two = torch.stack([ids, ids.flip(0)])
+    for mask, of_rows, of_heads in zip(
+        shared, of_tables(two[:, None]), of_tables(two), strict=True
+    ):
+        assert of_rows.variables == mask.variables | {"b"}
+        assert of_heads.variables == mask.variables | {"h"}
+    assert of_tables(two[None]) == of_tables(two)
+    assert library.same_document(ids[None]) == library.same_document(ids)
+    for pattern in (library.padding, library.prefix):
+        assert "b" not in pattern(torch.tensor([3])).variables

@@ -56,6 +56,7 @@ EXAMPLES = {
     **dict.fromkeys(["original", "q_cluster", "kv_cluster"], PLACES[None]),
     "dropped": PLACES[None] + 9,
     "end": 20,
+    "attn_mask": TABLE,
     "table": TABLE,
 }
 
