@@ -162,4 +162,6 @@ def _tracks(q_ranges: Tensor) -> tuple[Tensor, int]:
                 "are allowed. Unite those that touch; blocks of one size are a table for "
                 "block_sparse."
             )
-    return torch.tensor(tracks, device=q_ranges.device), max(len(ends), 1)
+    # of a power of two, some of them empty, so that few kernels serve any slices
+    n_tracks = 1 << max(len(ends) - 1, 0).bit_length()
+    return torch.tensor(tracks, device=q_ranges.device), n_tracks
