@@ -1,12 +1,18 @@
 """Mask -> mask_mod whose numbers are data: masks of one structure run through one compiled kernel.
 
 A mask becomes a flat Python function. Its constants are entries of a small tensor on the device and
-its tables are captured tensors, so that torch.compile sees the same code for every window size:
+its tables are captured tensors, so that torch.compile sees the same code for every window size.
+Of (kv_idx <= q_idx) & (q_idx - kv_idx < 256), n0 being q_offset and n1 256:
 
-    >>> print(source((kv_idx <= q_idx) & (q_idx - kv_idx < 256)))
-    def bind(numbers, tables):
+    def bind(torch, n0, n1):
         def mask_mod(b, h, q_idx, kv_idx):
-            ...
+            v0 = q_idx + n0
+            v1 = kv_idx <= v0
+            v2 = v0 - kv_idx
+            v3 = v2 < n1
+            v4 = v1 & v3
+            return v4
+        return mask_mod
 """
 
 from __future__ import annotations
