@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -40,7 +41,7 @@ class PerHead:
         if len(self.distinct) == 1:
             return self.distinct[0]
         which = lookup(torch.tensor(self.which, device=device), h)
-        result: Mask | None = None
+        parts = []
         for place, mask in enumerate(self.distinct):
             if "h" in mask.variables:
                 # kernels evaluate every mask at every head, and at heads that are not its own it
@@ -48,10 +49,8 @@ class PerHead:
                 own = self.heads_of(place)
                 heads = [head if i == place else own[0] for head, i in enumerate(self.which)]
                 mask = mask.at(h=lookup(torch.tensor(heads, device=device), h))
-            part = which.equals(place) & mask
-            result = part if result is None else result | part
-        assert result is not None
-        return result.named(self.name)
+            parts.append(which.equals(place) & mask)
+        return functools.reduce(Mask.__or__, parts).named(self.name)
 
     @property
     def name(self) -> str:

@@ -14,7 +14,7 @@ from flexsparse.expr import Mask
 from flexsparse.heads import PerHead, counted
 from flexsparse.questions.cases import Case, cases, missing_argument
 from flexsparse.questions.gaps import Ranges, empty_rows, unseen_keys
-from flexsparse.text import shorten, shown
+from flexsparse.text import amount, shorten, shown
 
 RANGES_SHOWN = 6
 TEXT_WIDTH = 72
@@ -102,9 +102,9 @@ class Check:
         )
         lines = [f"cannot be compiled: {sentence}" for sentence in self.broken]
         for x in self.empty_rows:
-            lines.append(f"{_counted(x.count, 'query sees', 'queries see')} no key: q_idx {x}")
+            lines.append(f"{amount(x.count, 'query sees', 'queries see')} no key: q_idx {x}")
         for x in self.unseen_keys:
-            lines.append(f"{_counted(x.count, 'key is', 'keys are')} seen by nobody: kv_idx {x}")
+            lines.append(f"{amount(x.count, 'key is', 'keys are')} seen by nobody: kv_idx {x}")
         lines += [f"depends on the {_VARIABLES[name]} ({name})" for name in self.depends_on]
         lines += [f"leaves int32, so it is computed in int64: {y}" for y in self.beyond_int32]
         lines += [f"an operator without a rule, exact but slower: {name}" for name in self.opaque]
@@ -112,10 +112,6 @@ class Check:
         return "\n  ".join([title, *lines, *verdict])
 
     __repr__ = __str__
-
-
-def _counted(n: int, one: str, many: str) -> str:
-    return f"{n:,} {one if n == 1 else many}"
 
 
 _VARIABLES = {"h": "head", "b": "batch row"}
