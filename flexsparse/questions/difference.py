@@ -10,7 +10,7 @@ import torch
 
 from flexsparse.analysis.classify import BlockClasses, classify
 from flexsparse.analysis.rectangles import Rectangles
-from flexsparse.analysis.validate import problem
+from flexsparse.analysis.validate import first_kept, problem
 from flexsparse.arguments import block_sizes
 from flexsparse.default_device import cpu_by_default
 from flexsparse.errors import MaskError
@@ -205,13 +205,8 @@ def _first_blocks(classes: BlockClasses, case: Case) -> Iterator[Block]:
 
 def _pair(a: Mask | PerHead, block: Block, case: Case) -> Pair:
     """The first pair of a block on which the masks differ."""
-    grid = case.grid
-    q0, kv0 = block.row * grid.block_size[0], block.column * grid.block_size[1]
-    q = torch.arange(q0, min(q0 + grid.block_size[0], grid.q_len))[:, None] + grid.q_offset
-    kv = torch.arange(kv0, min(kv0 + grid.block_size[1], grid.kv_len))
-    of_block = {"b": torch.tensor(block.b), "h": torch.tensor(block.h)}
-    differ = kept_at(case.mask, {**of_block, "q_idx": q, "kv_idx": kv}).expand(len(q), len(kv))
-    row, column = differ.nonzero()[0].tolist()
+    q, kv = first_kept(case.mask, case.grid, *block)
     mine = a if isinstance(a, Mask) else a[block.h]
-    kept = kept_at(mine, {**of_block, "q_idx": q[row], "kv_idx": kv[column : column + 1]})
-    return Pair(block.b, block.h, int(q[row]), int(kv[column]), "a" if bool(kept) else "b")
+    place = {"b": block.b, "h": block.h, "q_idx": q, "kv_idx": kv}
+    kept = kept_at(mine, {name: torch.tensor([n]) for name, n in place.items()})
+    return Pair(block.b, block.h, q, kv, "a" if bool(kept) else "b")
