@@ -52,14 +52,7 @@ def cases(
     for place, distinct in enumerate(masks.distinct):
         reads_b, reads_h = (name in distinct.variables for name in ("b", "h"))
         heads = masks.heads_of(place)
-        grid = Grid(
-            q_len,
-            kv_len,
-            offset,
-            block_size,
-            batch if batch and reads_b else 1,
-            heads if reads_h else (0,),
-        )
+        grid = Grid(q_len, kv_len, offset, block_size, batch or 1, heads).read_by(distinct)
         unknown = (["n_heads"] if reads_h and every_head else []) + (
             ["batch"] if reads_b and batch is None else []
         )
