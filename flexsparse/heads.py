@@ -41,7 +41,7 @@ class PerHead:
         if len(self.distinct) == 1:
             return self.distinct[0]
         which = lookup(torch.tensor(self.which, device=device), h)
-        parts = []
+        parts: list[Mask] = []
         for place, mask in enumerate(self.distinct):
             if "h" in mask.variables:
                 # kernels evaluate every mask at every head, and at heads that are not its own it
@@ -99,6 +99,27 @@ def per_head(masks: Sequence[Mask]) -> PerHead:
     distinct = tuple(dict.fromkeys(masks))
     places = {mask: place for place, mask in enumerate(distinct)}
     return PerHead(distinct, tuple(places[mask] for mask in masks))
+
+
+def as_per_head(mask: Mask | PerHead, n_heads: int) -> PerHead:
+    """The masks of all heads: one mask is that of each."""
+    return mask if isinstance(mask, PerHead) else PerHead((mask,), (0,) * n_heads)
+
+
+def refuse_other(taker: str, mask: object) -> None:
+    """Raise MaskError unless it is a Mask or a PerHead; `taker` is what the user called."""
+    reason = not_a_mask(mask)
+    if reason is not None:
+        raise MaskError(f"{taker} takes a Mask or per_head([...]), not {reason}")
+
+
+def refuse_other_count(where: str, mask: Mask | PerHead, n_heads: int | None) -> None:
+    """Raise MaskError if masks of heads are not n_heads, where that is given."""
+    if isinstance(mask, PerHead) and n_heads not in (None, mask.n_heads):
+        raise MaskError(
+            f"{where}per_head got {mask.n_heads} masks but n_heads={n_heads}. Give one mask for "
+            "each query head, or leave n_heads out."
+        )
 
 
 def not_a_mask(mask: object) -> str | None:

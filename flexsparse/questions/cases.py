@@ -6,9 +6,8 @@ from typing import NamedTuple
 
 from flexsparse.analysis.cells import Grid
 from flexsparse.arguments import check_grid
-from flexsparse.errors import MaskError
 from flexsparse.expr import Mask
-from flexsparse.heads import PerHead, not_a_mask
+from flexsparse.heads import PerHead, as_per_head, refuse_other, refuse_other_count
 from flexsparse.text import shown
 
 
@@ -37,15 +36,9 @@ def cases(
 ) -> tuple[Case, ...]:
     """The distinct masks of a mask; errors begin with `verb`, the function that the user called."""
     check_grid(f"{verb}: ", q_len, kv_len, batch, n_heads, q_offset)
-    reason = not_a_mask(mask)
-    if reason is not None:
-        raise MaskError(f"{verb} takes a Mask or per_head([...]), not {reason}")
-    if isinstance(mask, PerHead) and n_heads not in (None, mask.n_heads):
-        raise MaskError(
-            f"{verb}: per_head got {mask.n_heads} masks but n_heads={n_heads}. Give one mask for "
-            "each query head, or leave n_heads out."
-        )
-    masks = PerHead((mask,), (0,) * (n_heads or 1)) if isinstance(mask, Mask) else mask
+    refuse_other(verb, mask)
+    refuse_other_count(f"{verb}: ", mask, n_heads)
+    masks = as_per_head(mask, n_heads or 1)
     every_head = isinstance(mask, Mask) and n_heads is None
     offset = kv_len - q_len if q_offset is None else q_offset
     found = []

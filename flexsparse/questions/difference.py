@@ -15,7 +15,7 @@ from flexsparse.arguments import block_sizes
 from flexsparse.default_device import cpu_by_default
 from flexsparse.errors import MaskError
 from flexsparse.expr import Mask, nothing
-from flexsparse.heads import PerHead, not_a_mask
+from flexsparse.heads import PerHead, as_per_head, not_a_mask
 from flexsparse.questions.cases import Case, cases, missing_argument
 from flexsparse.text import amount, shorten, shown
 from flexsparse.tree import kept_at
@@ -161,7 +161,7 @@ def _exclusive_or(a: Mask | PerHead, b: Mask | PerHead) -> Mask | PerHead:
     if isinstance(a, Mask) and isinstance(b, Mask):
         return _differing(a, b)
     n = next(x.n_heads for x in (a, b) if isinstance(x, PerHead))
-    sides = [x if isinstance(x, PerHead) else PerHead((x,), (0,) * n) for x in (a, b)]
+    sides = [as_per_head(x, n) for x in (a, b)]
     if sides[0].n_heads != sides[1].n_heads:
         raise MaskError(
             f"diff: a has masks for {sides[0].n_heads} heads and b for {sides[1].n_heads}; give "

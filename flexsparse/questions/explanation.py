@@ -11,7 +11,7 @@ import torch
 from flexsparse.default_device import cpu_by_default
 from flexsparse.errors import MaskError
 from flexsparse.expr import Mask
-from flexsparse.heads import PerHead, not_a_mask
+from flexsparse.heads import PerHead, refuse_other
 from flexsparse.tensors import TENSOR_READING, Table
 from flexsparse.text import formula, shorten, shown
 from flexsparse.tree import VARIABLES, Expr
@@ -119,9 +119,7 @@ def explain(mask: Mask | PerHead, q: int, kv: int, h: int = 0, b: int = 0) -> Ex
         if h >= mask.n_heads:
             raise MaskError(f"explain: h={h}, and the mask has the heads 0 to {mask.n_heads - 1}.")
         mask = mask[h]
-    reason = not_a_mask(mask)
-    if reason is not None:
-        raise MaskError(f"explain takes a Mask or per_head([...]), not {reason}")
+    refuse_other("explain", mask)
     values = _values(mask, {"b": b, "h": h, "q_idx": q, "kv_idx": kv})
     terms, because = _terms(mask, values)
     return Explanation(q, kv, h, b, bool(values[id(mask)]), tuple(because), tuple(terms))
