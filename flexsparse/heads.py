@@ -59,7 +59,7 @@ class PerHead:
 
     def __str__(self) -> str:
         lines = [
-            f"  {shown(mask)}   {counted('head', self.heads_of(place))}"
+            f"  {shown(mask)}   {numbered('head', self.heads_of(place))}"
             for place, mask in enumerate(self.distinct)
         ]
         heads = amount(self.n_heads, "head")
@@ -148,6 +148,6 @@ def ranges(numbers: Sequence[int]) -> str:
     return ", ".join(f"{a}-{z}" if a < z else str(a) for a, z in runs)
 
 
-def counted(noun: str, numbers: Sequence[int]) -> str:
+def numbered(noun: str, numbers: Sequence[int]) -> str:
     """What has these numbers, as text: 'heads 0-7, 9'."""
     return f"{noun}{'s' if len(numbers) > 1 else ''} {ranges(numbers)}"

@@ -17,7 +17,7 @@ from flexsparse.drawing.paper import INK, LINE, QUIET, Sheet, wrapped
 from flexsparse.drawing.pools import Pools
 from flexsparse.drawing.words import scaled
 from flexsparse.errors import MaskError
-from flexsparse.heads import counted
+from flexsparse.heads import numbered
 from flexsparse.text import shown
 
 ELEMENT_SIZE = 2  # bytes, of a bfloat16
@@ -119,7 +119,7 @@ def work(
         own = launch.heads if attend.n_heads else range(heads)
         pairs = _pairs(launch.classes) / grid.planes
         of_kv = len({h * kv_heads // heads for h in own})
-        who = counted("head", launch.heads) if attend.n_heads else "all heads"
+        who = numbered("head", launch.heads) if attend.n_heads else "all heads"
         found.append(
             Work(
                 f"{who}: {shown(launch.mask)}",

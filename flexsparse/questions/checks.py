@@ -11,7 +11,7 @@ from flexsparse.analysis.validate import leaves_int32, problem
 from flexsparse.analysis.whole import whole_bounds
 from flexsparse.default_device import cpu_by_default
 from flexsparse.expr import Mask
-from flexsparse.heads import PerHead, counted
+from flexsparse.heads import PerHead, numbered
 from flexsparse.questions.cases import Case, cases, missing_argument
 from flexsparse.questions.gaps import Ranges, empty_rows, unseen_keys
 from flexsparse.text import amount, shorten, shown
@@ -44,9 +44,9 @@ class Unused:
         )
         more = len(self.positions) - RANGES_SHOWN
         shown += f" and {more:,} ranges more" if more > 0 else ""
-        where = [] if self.heads is None else [counted("head", self.heads)]
+        where = [] if self.heads is None else [numbered("head", self.heads)]
         if self.batch is not None:
-            where.append(counted("batch row", self.batch))
+            where.append(numbered("batch row", self.batch))
         return f"{shown} ({', '.join(where)})" if where else shown
 
 
