@@ -21,7 +21,8 @@ from flexsparse.drawing.words import percent
 from flexsparse.errors import MaskError
 from flexsparse.expr import Mask
 from flexsparse.heads import PerHead
-from flexsparse.text import SHOWN, amount, formula, shown
+from flexsparse.report import heads_text
+from flexsparse.text import SHOWN, formula, shown
 
 LONGEST = 8192  # tokens at which a mask without lengths is shown
 LONGEST_OPAQUE = 1024  # where every element may have to be looked at
@@ -86,9 +87,7 @@ def _facts(drawn: Any, found: Sequence[Plane]) -> list[str]:
     grid = found[0].grid
     facts = [lengths_text(grid, with_blocks=True)]
     if isinstance(drawn, CompiledMask):
-        n_heads = drawn.n_heads
-        heads = "any number of heads" if n_heads is None else amount(n_heads, "head")
-        facts[0] = f"{heads}, {facts[0]}, {drawn.device}"
+        facts[0] = f"{heads_text(drawn)}, {facts[0]}, {drawn.device}"
         facts.append(f"Compiled in {time_text(drawn.compile_seconds)}.")
     return facts
 
