@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import flexsparse.masks
+from flexsparse.benchmark.harness import first_call
 from flexsparse.expr import Mask
 from flexsparse.heads import PerHead
 from flexsparse.parser import parse, parse_heads
@@ -81,7 +82,7 @@ def device_here() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def device_name(device: torch.device) -> str:
+def device_text(device: torch.device) -> str:
     """A device in words, with its threads or its model."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -100,17 +101,6 @@ def free_bytes(device: torch.device) -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
-def seconds(call: Callable[[], object], device: torch.device) -> float:
-    """How long one call takes, to the end of its work on the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    started = time.perf_counter()
-    call()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - started
-
-
 def medians(
     calls: Sequence[Callable[[], object]], device: torch.device, budget: float = 4.0
 ) -> tuple[list[float], int]:
@@ -123,7 +113,7 @@ def medians(
     started = time.perf_counter()
     while len(times[0]) < 3 or (time.perf_counter() - started < budget and len(times[0]) < 25):
         for call, own in zip(calls, times, strict=True):
-            own.append(seconds(call, device))
+            own.append(first_call(call, device)[1] / 1e3)
     return [statistics.median(own) for own in times], len(times[0])
 
 

@@ -14,7 +14,7 @@ from flexsparse.commands.arguments import (
     CommandError,
     check_picture,
     device_here,
-    device_name,
+    device_text,
     positive,
     read_mask,
 )
@@ -122,7 +122,7 @@ def evaluate(args: argparse.Namespace) -> int:
             raise CommandError(f"{candidate.name}: {reason}")
 
     print(
-        f"{args.model or f'Gemma 3 270M ({PACKAGE})'} on {device_name(device)}: {len(ids)} x "
+        f"{args.model or f'Gemma 3 270M ({PACKAGE})'} on {device_text(device)}: {len(ids)} x "
         f"{args.len:,} tokens of {args.text or 'the manual of Python'}.",
         flush=True,
     )
