@@ -19,7 +19,7 @@ from flexsparse.commands.arguments import (
     positive,
     ratio,
 )
-from flexsparse.commands.real_model import PACKAGE, Layer, layers_of
+from flexsparse.commands.real_model import Layer, add_model_argument, layers_of, model_name
 from flexsparse.compiler import compile_mask
 from flexsparse.cost import time_text
 from flexsparse.expr import Mask
@@ -73,9 +73,7 @@ def add_to(commands: Any) -> None:
         "dense attention.",
     )
     which = parser.add_mutually_exclusive_group()
-    which.add_argument(
-        "--model", metavar="PATH_OR_ID", help="a Hugging Face causal model (default: Gemma 3 270M)"
-    )
+    add_model_argument(which)
     which.add_argument("--synthetic", action="store_true", help="random tensors, no model")
     parser.add_argument("--len", type=positive, default=4096, help="tokens (default: 4096)")
     parser.add_argument(
@@ -90,7 +88,7 @@ def add_to(commands: Any) -> None:
 def demo(args: argparse.Namespace) -> int:
     """Run the demo and print its tables."""
     device = device_here()
-    model = args.model or ("random tensors" if args.synthetic else f"Gemma 3 270M ({PACKAGE})")
+    model = "random tensors" if args.synthetic else model_name(args.model)
     print(
         f"flexsparse demo: {model}, {amount(args.len, 'token')}, on {device_text(device)}.\n"
         "Each attention head gets the cheapest of a list of sparse patterns that keeps "
