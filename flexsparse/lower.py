@@ -51,23 +51,15 @@ class Lowering(NamedTuple):
         return self.bind(torch, *_numbers([q_offset], self.device), *self.numbers, *self.tables)
 
 
-def lower(
-    mask: Mask,
-    device: torch.device,
-    q_offset: int = 0,
-    heads: Sequence[int] | None = None,
-    wide: bool = False,
-) -> MaskMod:
+def lower(mask: Mask, device: torch.device, q_offset: int = 0, *, wide: bool = False) -> MaskMod:
     """The mask as a mask_mod of row numbers: query row r stands at position r + q_offset.
 
     The arguments are those of `lowering`.
     """
-    return lowering(mask, device, heads, wide).at(q_offset)
+    return lowering(mask, device, None, wide).at(q_offset)
 
 
-def lowering(
-    mask: Mask, device: torch.device, heads: Sequence[int] | None = None, wide: bool = False
-) -> Lowering:
+def lowering(mask: Mask, device: torch.device, heads: Sequence[int] | None, wide: bool) -> Lowering:
     """The mask as code and data.
 
     Args:
@@ -144,9 +136,7 @@ class LoweredMask:
     It is the mask_mod of a public BlockMask: a function made from source cannot be pickled.
     """
 
-    def __init__(
-        self, mask: Mask, device: torch.device, q_offset: int = 0, wide: bool = False
-    ) -> None:
+    def __init__(self, mask: Mask, device: torch.device, q_offset: int, wide: bool) -> None:
         self._arguments = (mask, device, q_offset, wide)
         self._mask_mod = lower(mask, device, q_offset, wide=wide)
 

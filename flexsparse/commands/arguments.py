@@ -17,6 +17,7 @@ from flexsparse.expr import Mask
 from flexsparse.heads import PerHead
 from flexsparse.parser import parse, parse_heads
 
+BUDGET = 4.0  # seconds for calls that are compared
 PICTURES = (".pdf", ".png", ".svg")  # what matplotlib writes by itself
 
 
@@ -101,9 +102,7 @@ def free_bytes(device: torch.device) -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
-def medians(
-    calls: Sequence[Callable[[], object]], device: torch.device, budget: float = 4.0
-) -> tuple[list[float], int]:
+def medians(calls: Sequence[Callable[[], object]], device: torch.device) -> tuple[list[float], int]:
     """(The median time of each call in seconds, of how many runs); the calls take turns.
 
     They take turns so that other work on the machine slows all of them alike. Between 3 and 25
@@ -111,7 +110,7 @@ def medians(
     """
     times: list[list[float]] = [[] for _ in calls]
     started = time.perf_counter()
-    while len(times[0]) < 3 or (time.perf_counter() - started < budget and len(times[0]) < 25):
+    while len(times[0]) < 3 or (time.perf_counter() - started < BUDGET and len(times[0]) < 25):
         for call, own in zip(calls, times, strict=True):
             own.append(first_call(call, device)[1] / 1e3)
     return [statistics.median(own) for own in times], len(times[0])
