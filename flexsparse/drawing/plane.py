@@ -46,8 +46,9 @@ class Plane:
     @property
     def is_short(self) -> bool:
         """Whether its elements are drawn, not its blocks."""
-        known = self.mask is not None or not len(self.blocks().partial.plane)
-        return max(self.grid.q_len, self.grid.kv_len) <= ELEMENTS_UP_TO and known
+        if max(self.grid.q_len, self.grid.kv_len) > ELEMENTS_UP_TO:
+            return False
+        return self.mask is not None or not len(self.blocks().partial.plane)
 
     @property
     def who(self) -> str:
