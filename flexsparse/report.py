@@ -82,7 +82,7 @@ def heads_text(compiled: CompiledMask) -> str:
 
 
 def table(rows: list[tuple[str, ...]]) -> list[str]:
-    """Rows as aligned lines, the first row being the header; numbers align right."""
+    """Rows as aligned lines, the first as their header; all but three columns align right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [
         "  "

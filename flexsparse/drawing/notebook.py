@@ -93,10 +93,10 @@ def _facts(drawn: Any, found: Sequence[Plane]) -> list[str]:
 
 
 def _page(title: str, facts: Sequence[str], drawn: Any, found: Sequence[Plane]) -> str:
-    shown = found[:MOST_PANELS]
-    layout = Layout.of(len(shown))
-    blocks = [counted(plane, ELEMENTS_EVALUATED // len(shown)) for plane in shown]
-    pooled = Panels(tuple(panel(x, layout.pools) for x in blocks), len(found) - len(shown))
+    first = found[:MOST_PANELS]
+    layout = Layout.of(len(first))
+    blocks = [counted(plane, ELEMENTS_EVALUATED // len(first)) for plane in first]
+    pooled = Panels(tuple(panel(x, layout.pools) for x in blocks), len(found) - len(first))
     if pooled.left_out:
         facts = [*facts, f"{pooled.left_out:,} more distinct masks are left out."]
     return canvas(
@@ -113,9 +113,9 @@ def _still(pooled: Panels, layout: Layout) -> str:
     return f'<img alt="which blocks each head computes" src="data:image/png;base64,{data}">'
 
 
-def _table(drawn: Any, shown: Sequence[Panel]) -> str:
+def _table(drawn: Any, panels: Sequence[Panel]) -> str:
     """What each distinct mask computes, a row each; folded up where there are many."""
-    rows = [_row(drawn, x) for x in shown]
+    rows = [_row(drawn, x) for x in panels]
     head = "".join(f'<th class="flexsparse-{cell.align}">{cell.name}</th>' for cell in rows[0])
     lines = [
         "".join(f'<td class="flexsparse-{cell.align}">{cell.text}</td>' for cell in row)
@@ -123,9 +123,9 @@ def _table(drawn: Any, shown: Sequence[Panel]) -> str:
     ]
     body = "".join(f"<tr>{line}</tr>" for line in lines)
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-    if len(shown) <= MOST_ROWS:
+    if len(panels) <= MOST_ROWS:
         return table
-    return f"<details><summary>{len(shown)} distinct masks</summary>{table}</details>"
+    return f"<details><summary>{len(panels)} distinct masks</summary>{table}</details>"
 
 
 class Cell(NamedTuple):

@@ -38,16 +38,16 @@ class Unused:
         return sum(map(len, self.positions))
 
     def __str__(self) -> str:
-        shown = ", ".join(
+        ranges = ", ".join(
             f"{x.start:,}" if len(x) == 1 else f"{x.start:,} to {x.stop - 1:,}"
             for x in self.positions[:RANGES_SHOWN]
         )
         more = len(self.positions) - RANGES_SHOWN
-        shown += f" and {more:,} ranges more" if more > 0 else ""
+        ranges += f" and {more:,} ranges more" if more > 0 else ""
         where = [] if self.heads is None else [numbered("head", self.heads)]
         if self.batch is not None:
             where.append(numbered("batch row", self.batch))
-        return f"{shown} ({', '.join(where)})" if where else shown
+        return f"{ranges} ({', '.join(where)})" if where else ranges
 
 
 class Beyond(NamedTuple):

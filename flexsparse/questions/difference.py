@@ -73,13 +73,13 @@ class Difference:
         at = self.pair
         keeps, drops = ("a", "b") if at.kept_by == "a" else ("b", "a")
         more = self.blocks - len(self.first_blocks)
-        shown = ", ".join(f"({x.b}, {x.h}, {x.row}, {x.column})" for x in self.first_blocks)
+        blocks = ", ".join(f"({x.b}, {x.h}, {x.row}, {x.column})" for x in self.first_blocks)
         return "\n  ".join(
             [
                 f"{self.blocks:,} of {amount(self.of_blocks, 'block')} differ",
                 f"a: {a}",
                 f"b: {b}",
-                f"blocks (b, h, row, column): {shown}" + (f" and {more:,} more" if more else ""),
+                f"blocks (b, h, row, column): {blocks}" + (f" and {more:,} more" if more else ""),
                 f"at b={at.b}, h={at.h}, q_idx={at.q_idx}, kv_idx={at.kv_idx}: {keeps} keeps the "
                 f"pair and {drops} drops it",
             ]
@@ -182,10 +182,10 @@ def _first_blocks(classes: BlockClasses, case: Case) -> Iterator[Block]:
     """The first blocks that are kept, row by row."""
     grid = classes.grid
     rectangles = Rectangles.joined([classes.partial, classes.full])
-    shown = 0
+    found = 0
     line = -1  # the row of blocks, counted through all planes, that was looked at last
     base = rectangles.plane * grid.rows
-    while shown < BLOCKS_SHOWN:
+    while found < BLOCKS_SHOWN:
         later = base + rectangles.row1 - 1 > line
         if not bool(later.any()):
             return
@@ -196,10 +196,10 @@ def _first_blocks(classes: BlockClasses, case: Case) -> Iterator[Block]:
         h = grid.heads[place] if "h" in case.mask.variables else (case.heads or (0,))[0]
         runs = torch.stack([rectangles.column0, rectangles.column1], 1)[here].tolist()
         for start, stop in sorted(runs):
-            for column in range(start, min(stop, start + BLOCKS_SHOWN - shown)):
+            for column in range(start, min(stop, start + BLOCKS_SHOWN - found)):
                 yield Block(b, h, row, column)
-                shown += 1
-            if shown == BLOCKS_SHOWN:
+                found += 1
+            if found == BLOCKS_SHOWN:
                 return
 
 

@@ -67,14 +67,14 @@ class Explanation:
     def sentence(self) -> str:
         """Which terms keep or drop the pair, in one sentence."""
         sees = "sees" if self.kept else "does not see"
-        shown, more = self.because[:NAMES_SHOWN], len(self.because) - NAMES_SHOWN
-        names = [shorten(term.text, TEXT_WIDTH) for term in shown]
+        named, more = self.because[:NAMES_SHOWN], len(self.because) - NAMES_SHOWN
+        names = [shorten(term.text, TEXT_WIDTH) for term in named]
         if len({term.value for term in self.because}) == 1:
             names += [f"{more} more terms"] if more > 0 else []
             is_are = "is" if len(names) == 1 else "are"
-            reason = f"{_listed(names)} {is_are} {_word(shown[0].value)}"
+            reason = f"{_listed(names)} {is_are} {_word(named[0].value)}"
         else:
-            reasons = [f"{x} is {_word(t.value)}" for x, t in zip(names, shown, strict=True)]
+            reasons = [f"{x} is {_word(t.value)}" for x, t in zip(names, named, strict=True)]
             reason = _listed(reasons + ([f"{more} more terms"] if more > 0 else []))
         where = f"(h={self.h}, b={self.b})"
         return f"q_idx={self.q_idx} {sees} kv_idx={self.kv_idx} {where}, because {reason}."
