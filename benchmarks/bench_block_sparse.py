@@ -22,7 +22,6 @@ import json
 import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,7 +30,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from flexsparse.benchmark.harness import device_name
+from flexsparse.benchmark.harness import device_name, first_call
 from flexsparse.compat.block_sparse_attn import block_sparse_attn_func
 
 RESULTS = Path(__file__).parent / "results"
@@ -90,13 +89,7 @@ def forward_backward(attend: Attend, qkv: list[Tensor], weights: Tensor) -> None
 
 
 def seconds(run: Callable[[], None]) -> float:
-    if ON_GPU:
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    run()
-    if ON_GPU:
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
+    return first_call(run, torch.device(DEVICE))[1] / 1e3
 
 
 def measure(
