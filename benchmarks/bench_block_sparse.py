@@ -22,7 +22,6 @@ import json
 import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,6 +30,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from flexsparse.benchmark.harness import device_name, first_call
 from flexsparse.compat.block_sparse_attn import block_sparse_attn_func
 
 RESULTS = Path(__file__).parent / "results"
@@ -89,13 +89,7 @@ def forward_backward(attend: Attend, qkv: list[Tensor], weights: Tensor) -> None
 
 
 def seconds(run: Callable[[], None]) -> float:
-    if ON_GPU:
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    run()
-    if ON_GPU:
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
+    return first_call(run, torch.device(DEVICE))[1] / 1e3
 
 
 def measure(
@@ -163,7 +157,7 @@ def main() -> None:
     ]
     if options.quick:
         return
-    device = torch.cuda.get_device_name() if ON_GPU else processor()
+    device = device_name(torch.device(DEVICE))
     report = {
         "benchmark": "block_sparse",
         "command": " ".join(["python benchmarks/bench_block_sparse.py", *sys.argv[1:]]),
@@ -181,11 +175,6 @@ def main() -> None:
     name = "block_sparse_gpu" if ON_GPU else "block_sparse"
     (RESULTS / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
     plot(report, RESULTS / f"{name}.png")
-
-
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "a CPU")
 
 
 def plot(report: dict, path: Path) -> None:

@@ -25,6 +25,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 import flexsparse
 from flexsparse import PerHead, compile_mask, per_head
+from flexsparse.benchmark.case import bytes_of
 from flexsparse.benchmark.harness import device_name
 from flexsparse.masks import causal, dilated, prefix, same_document, sink, window
 
@@ -94,14 +95,6 @@ class Peak:
         self.running = False
         self.thread.join()
         self.bytes = max(self.most, resident()) - self.start
-
-
-def bytes_of(block_mask) -> int:
-    """Memory of the result: its storages, each once."""
-    tensors = [x for x in block_mask.as_tuple() if isinstance(x, torch.Tensor)]
-    return sum(
-        {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values()
-    )
 
 
 def measure(name: str, system: str, n: int) -> dict:

@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 from flexsparse import compile_mask, per_head
-from flexsparse.commands.arguments import dense_attention, device_name
+from flexsparse.commands.arguments import dense_attention, device_text
 from flexsparse.commands.eval import uniform
 from flexsparse.commands.real_model import load, manual
 from flexsparse.expr import everything
@@ -250,7 +250,7 @@ def main() -> int:
         results[name] = {
             "command": f"python benchmarks/bench_real_model.py {name} --dtype {args.dtype}",
             "date": datetime.date.today().isoformat(),
-            "device": device_name(CPU),
+            "device": device_text(CPU),
             "torch": torch.__version__,
             **found,
         }

@@ -37,6 +37,7 @@ from torch.nn.attention import flex_attention as torch_flex
 from torch.nn.attention.flex_attention import and_masks, create_block_mask, or_masks
 
 from flexsparse import compile_mask, kv_idx
+from flexsparse.benchmark.harness import device_name
 from flexsparse.executors import flex
 from flexsparse.lower import lower
 from flexsparse.masks import block_sparse, causal, chunked, local_stride, sink, strided, window
@@ -342,7 +343,7 @@ def main() -> None:
         "benchmark": "recompile",
         "command": "python benchmarks/bench_recompile.py",
         "date": datetime.date.today().isoformat(),
-        "device": f"{torch.get_num_threads()} threads of {processor()}",
+        "device": f"{torch.get_num_threads()} threads of {device_name(torch.device('cpu'))}",
         "torch": torch.__version__,
         "python": platform.python_version(),
         "rows": rows,
@@ -350,11 +351,6 @@ def main() -> None:
     RESULTS.mkdir(exist_ok=True)
     path.write_text(json.dumps(report, indent=1) + "\n")
     plot(report)
-
-
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "a CPU")
 
 
 def plot(report: dict) -> None:

@@ -73,23 +73,20 @@ class CompactBlockMask(BlockMask):
             -(-n // block)
             for n, block in zip((new_q_len, new_kv_len), self.BLOCK_SIZE, strict=True)
         )
-
-        def crop(name: str, lines: int, blocks: int) -> dict[str, Tensor | None]:
-            counts = getattr(self, name.replace("indices", "num_blocks"))
-            indices = getattr(self, name)
-            if counts is None:
-                return {name: None, name.replace("indices", "num_blocks"): None}
-            counts, indices = counts[:, :, :lines], indices[:, :, :lines, :blocks]
-            is_listed = torch.arange(indices.shape[3], device=counts.device) < counts[..., None]
-            # kept blocks ascend, so those inside come first
-            counts = (is_listed & (indices < blocks)).sum(-1, dtype=torch.int32)
-            return {name: indices, name.replace("indices", "num_blocks"): counts}
-
         lists: dict[str, Any] = {}
-        for name in ("kv_indices", "full_kv_indices"):
-            lists |= crop(name, rows, columns)
-        for name in ("q_indices", "full_q_indices"):
-            lists |= crop(name, columns, rows)
+        for kind, lines, blocks in (
+            ("kv", rows, columns),
+            ("full_kv", rows, columns),
+            ("q", columns, rows),
+            ("full_q", columns, rows),
+        ):
+            counts, indices = (getattr(self, f"{kind}_{x}") for x in ("num_blocks", "indices"))
+            if counts is not None:
+                counts, indices = counts[:, :, :lines], indices[:, :, :lines, :blocks]
+                # kept blocks ascend, so those inside come first
+                inside = _is_listed(counts, indices) & (indices < blocks)
+                counts = inside.sum(-1, dtype=torch.int32)
+            lists |= {f"{kind}_num_blocks": counts, f"{kind}_indices": indices}
         return CompactBlockMask(
             seq_lengths=(new_q_len, new_kv_len),
             **lists,
@@ -108,8 +105,7 @@ class CompactBlockMask(BlockMask):
             rows, counts = getattr(self, kind + "q_indices"), getattr(self, kind + "q_num_blocks")
             lists |= {kind + "q_indices": rows, kind + "q_num_blocks": counts}
             if rows is not None:
-                is_listed = torch.arange(rows.shape[3], device=rows.device) < counts[..., None]
-                sees = (rows == row) & is_listed
+                sees = (rows == row) & _is_listed(counts, rows)
                 lists[kind + "q_num_blocks"] = sees.sum(-1, dtype=torch.int32)
                 lists[kind + "q_indices"] = torch.zeros_like(rows)
         return CompactBlockMask(
@@ -135,6 +131,11 @@ class CompactBlockMask(BlockMask):
             BLOCK_SIZE=self.BLOCK_SIZE,
             mask_mod=self.mask_mod if move is None else move(device),
         )
+
+
+def _is_listed(counts: Tensor, indices: Tensor) -> Tensor:
+    """Which entries of block lists count: those before the count of their line."""
+    return torch.arange(indices.shape[3], device=indices.device) < counts[..., None]
 
 
 def _follow_block_mask_in_trees() -> None:

@@ -32,7 +32,7 @@ from flexsparse.dropout import Dropout
 from flexsparse.errors import MaskError
 from flexsparse.expr import Mask
 from flexsparse.grouping import launches
-from flexsparse.heads import PerHead, not_a_mask
+from flexsparse.heads import PerHead, as_per_head, refuse_other, refuse_other_count
 from flexsparse.inputs import mismatch
 from flexsparse.launch import Launch
 from flexsparse.lower import LoweredMask
@@ -79,7 +79,9 @@ def compile_mask(
     """
     started = time.perf_counter()
     check_grid("", q_len, kv_len, batch, n_heads, q_offset)
-    masks = _as_per_head(mask, n_heads)
+    refuse_other("compile_mask", mask)
+    refuse_other_count("", mask, n_heads)
+    masks = as_per_head(mask, n_heads or 1)
     n_heads = masks.n_heads if isinstance(mask, PerHead) else n_heads
     blocks = block_sizes("block_size", block_size)
     offset = kv_len - q_len if q_offset is None else q_offset
@@ -341,20 +343,6 @@ class CompiledMask:
         from flexsparse.drawing import html
 
         return html(self)
-
-
-def _as_per_head(mask: Mask | PerHead, n_heads: int | None) -> PerHead:
-    if isinstance(mask, PerHead):
-        if n_heads is not None and n_heads != mask.n_heads:
-            raise MaskError(
-                f"per_head got {mask.n_heads} masks but n_heads={n_heads}. Give one mask for each "
-                "query head, or leave n_heads out."
-            )
-        return mask
-    reason = not_a_mask(mask)
-    if reason is not None:
-        raise MaskError(f"compile_mask takes a Mask or per_head([...]), not {reason}")
-    return PerHead((mask,), (0,) * (n_heads or 1))
 
 
 def _device(masks: PerHead, device: torch.device | str | None) -> torch.device:

@@ -185,20 +185,15 @@ def _choose(
         dropout=modifiers.dropout,
         return_lse=modifiers.return_lse,
     )
+    reasons = {}
+    for name, reason in found:
+        if reason is None and (name == executor if executor else name != "reference"):
+            return name
+        reasons[name] = reason
     if executor is None:
-        reasons = {}
-        for name, reason in found:
-            if reason is None and name != "reference":
-                return name
-            reasons[name] = reason
         raise ExecutorError(
             f"No executor that skips blocks can run this call: {reasons['blockwise']}. {DENSE}"
         )
-    reasons = {}
-    for name, reason in found:
-        if name == executor and reason is None:
-            return executor
-        reasons[name] = reason
     chosen = next(name for name, reason in reasons.items() if reason is None)
     fix = f"Drop executor= to let flexsparse choose (it would choose {chosen})."
     raise ExecutorError(

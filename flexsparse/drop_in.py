@@ -87,14 +87,7 @@ def create_block_mask(
                 f"Give {name}=the number of {what}. (torch would use those of number 0 for all.)"
             )
     planes = (B or 1, H or 1)
-    grid = Grid(
-        Q_LEN,
-        KV_LEN,
-        0,
-        blocks,
-        planes[0] if "b" in mask.variables else 1,
-        tuple(range(planes[1])) if "h" in mask.variables else (0,),
-    )
+    grid = Grid(Q_LEN, KV_LEN, 0, blocks, planes[0], tuple(range(planes[1]))).read_by(mask)
     with cpu_by_default():
         reason = problem(mask, grid, place)
         if reason is not None:

@@ -66,10 +66,7 @@ def _launch(
             raise MaskError(
                 f"The mask reads {variable}, so blocks differ: give {name}=... ({shown(mask)})"
             )
-    grid = whole._replace(
-        batch=whole.batch if "b" in mask.variables else 1,
-        heads=heads if "h" in mask.variables else (0,),
-    )
+    grid = whole._replace(heads=heads).read_by(mask)
     reason = problem(mask, grid, device)
     if reason is not None:
         raise MaskError(reason)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -40,7 +41,7 @@ class PerHead:
         if len(self.distinct) == 1:
             return self.distinct[0]
         which = lookup(torch.tensor(self.which, device=device), h)
-        result: Mask | None = None
+        parts: list[Mask] = []
         for place, mask in enumerate(self.distinct):
             if "h" in mask.variables:
                 # kernels evaluate every mask at every head, and at heads that are not its own it
@@ -48,10 +49,8 @@ class PerHead:
                 own = self.heads_of(place)
                 heads = [head if i == place else own[0] for head, i in enumerate(self.which)]
                 mask = mask.at(h=lookup(torch.tensor(heads, device=device), h))
-            part = which.equals(place) & mask
-            result = part if result is None else result | part
-        assert result is not None
-        return result.named(self.name)
+            parts.append(which.equals(place) & mask)
+        return functools.reduce(Mask.__or__, parts).named(self.name)
 
     @property
     def name(self) -> str:
@@ -60,7 +59,7 @@ class PerHead:
 
     def __str__(self) -> str:
         lines = [
-            f"  {shown(mask)}   {counted('head', self.heads_of(place))}"
+            f"  {shown(mask)}   {numbered('head', self.heads_of(place))}"
             for place, mask in enumerate(self.distinct)
         ]
         heads = amount(self.n_heads, "head")
@@ -102,6 +101,27 @@ def per_head(masks: Sequence[Mask]) -> PerHead:
     return PerHead(distinct, tuple(places[mask] for mask in masks))
 
 
+def as_per_head(mask: Mask | PerHead, n_heads: int) -> PerHead:
+    """The masks of all heads: one mask is that of each."""
+    return mask if isinstance(mask, PerHead) else PerHead((mask,), (0,) * n_heads)
+
+
+def refuse_other(taker: str, mask: object) -> None:
+    """Raise MaskError unless it is a Mask or a PerHead; `taker` is what the user called."""
+    reason = not_a_mask(mask)
+    if reason is not None:
+        raise MaskError(f"{taker} takes a Mask or per_head([...]), not {reason}")
+
+
+def refuse_other_count(where: str, mask: Mask | PerHead, n_heads: int | None) -> None:
+    """Raise MaskError if masks of heads are not n_heads, where that is given."""
+    if isinstance(mask, PerHead) and n_heads not in (None, mask.n_heads):
+        raise MaskError(
+            f"{where}per_head got {mask.n_heads} masks but n_heads={n_heads}. Give one mask for "
+            "each query head, or leave n_heads out."
+        )
+
+
 def not_a_mask(mask: object) -> str | None:
     """What was given where a Mask or a PerHead is wanted, and the fix; None if it is one."""
     if isinstance(mask, (Mask, PerHead)):
@@ -128,6 +148,6 @@ def ranges(numbers: Sequence[int]) -> str:
     return ", ".join(f"{a}-{z}" if a < z else str(a) for a, z in runs)
 
 
-def counted(noun: str, numbers: Sequence[int]) -> str:
+def numbered(noun: str, numbers: Sequence[int]) -> str:
     """What has these numbers, as text: 'heads 0-7, 9'."""
     return f"{noun}{'s' if len(numbers) > 1 else ''} {ranges(numbers)}"

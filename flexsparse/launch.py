@@ -117,6 +117,7 @@ class Launch:
         }
         yield "sdpa", never["sdpa"] or sdpa.unsupported_extras(**asked)
         yield "flash", never["flash"] or transformed or flash.unsupported(q, k, v, **asked)
+        # of sinks and windows only the kind of tensor is looked at: those of any heads will do
         yield (
             "streaming",
             no_streams
@@ -215,6 +216,7 @@ class Launch:
         assert self.streams is not None
         key = tuple(heads)
         if key not in self._numbers:
+            # one pair is that of all heads, and so the default
             of_head = dict(zip(self.heads, self.streams, strict=len(self.streams) > 1))
             numbers = [of_head.get(head, self.streams[0]) for head in key]
             pairs = torch.tensor(numbers, dtype=torch.int32, device=self.device)

@@ -1,12 +1,18 @@
 """Mask -> mask_mod whose numbers are data: masks of one structure run through one compiled kernel.
 
 A mask becomes a flat Python function. Its constants are entries of a small tensor on the device and
-its tables are captured tensors, so that torch.compile sees the same code for every window size:
+its tables are captured tensors, so that torch.compile sees the same code for every window size.
+Of (kv_idx <= q_idx) & (q_idx - kv_idx < 256), n0 being q_offset and n1 256:
 
-    >>> print(source((kv_idx <= q_idx) & (q_idx - kv_idx < 256)))
-    def bind(numbers, tables):
+    def bind(torch, n0, n1):
         def mask_mod(b, h, q_idx, kv_idx):
-            ...
+            v0 = q_idx + n0
+            v1 = kv_idx <= v0
+            v2 = v0 - kv_idx
+            v3 = v2 < n1
+            v4 = v1 & v3
+            return v4
+        return mask_mod
 """
 
 from __future__ import annotations
@@ -45,23 +51,15 @@ class Lowering(NamedTuple):
         return self.bind(torch, *_numbers([q_offset], self.device), *self.numbers, *self.tables)
 
 
-def lower(
-    mask: Mask,
-    device: torch.device,
-    q_offset: int = 0,
-    heads: Sequence[int] | None = None,
-    wide: bool = False,
-) -> MaskMod:
+def lower(mask: Mask, device: torch.device, q_offset: int = 0, *, wide: bool = False) -> MaskMod:
     """The mask as a mask_mod of row numbers: query row r stands at position r + q_offset.
 
     The arguments are those of `lowering`.
     """
-    return lowering(mask, device, heads, wide).at(q_offset)
+    return lowering(mask, device, None, wide).at(q_offset)
 
 
-def lowering(
-    mask: Mask, device: torch.device, heads: Sequence[int] | None = None, wide: bool = False
-) -> Lowering:
+def lowering(mask: Mask, device: torch.device, heads: Sequence[int] | None, wide: bool) -> Lowering:
     """The mask as code and data.
 
     Args:
@@ -138,9 +136,7 @@ class LoweredMask:
     It is the mask_mod of a public BlockMask: a function made from source cannot be pickled.
     """
 
-    def __init__(
-        self, mask: Mask, device: torch.device, q_offset: int = 0, wide: bool = False
-    ) -> None:
+    def __init__(self, mask: Mask, device: torch.device, q_offset: int, wide: bool) -> None:
         self._arguments = (mask, device, q_offset, wide)
         self._mask_mod = lower(mask, device, q_offset, wide=wide)
 

@@ -91,7 +91,7 @@ _TOKEN = re.compile(
     r"\s*(?:(?P<number>\d+\.\d+(?:[eE][-+]?\d+)?|\d+)|(?P<name>[A-Za-z_]\w*)|(?P<string>'[^']*'|\"[^\"]*\")"
     r"|(?P<op>//|<=|>=|==|[-+*%<>&|^~()\[\],.=]))"
 )
-_LITERALS = {"None": None}
+_LITERALS = {"True": True, "False": False, "None": None}
 # how Python and other languages spell an operator, and how masks do
 _SPELLED = {"and": "&", "or": "|", "not": "~", "/": "//", "!": "~"}
 MOST_DIGITS = 100  # Python refuses to read thousands of them
@@ -188,22 +188,15 @@ class _Parser:
 
     def comparison(self) -> Any:
         left = self.infix(OR)
-        operator = self.take("<", "<=", ">", ">=", "==")
+        operator = self.take(*_COMPARISONS)
         if operator is None:
             return left
         right = self.infix(OR)
-        chained = self.take("<", "<=", ">", ">=", "==")
+        chained = self.take(*_COMPARISONS)
         if chained:
             fix = "split a <= x < b into (a <= x) & (x < b)"
             self.fail(chained[1], f"comparisons do not chain; {fix}")
-        compare: dict[str, Callable[[Any, Any], Mask]] = {
-            "<": lambda a, c: a < c,
-            "<=": lambda a, c: a <= c,
-            ">": lambda a, c: a > c,
-            ">=": lambda a, c: a >= c,
-            "==": lambda a, c: a.equals(c),
-        }
-        return self.apply(compare[operator[0]], operator[1], left, right, Index)
+        return self.apply(_COMPARISONS[operator[0]], operator[1], Index, left, right)
 
     def infix(self, strength: int) -> Any:
         if strength == UNARY:
@@ -213,14 +206,12 @@ class _Parser:
         kind = Mask if strength < SUM else Index
         while (operator := self.take(*operators)) is not None:
             right = self.infix(strength + 1)
-            left = self.apply(_OPERATORS[operator[0]], operator[1], left, right, kind)
+            left = self.apply(_OPERATORS[operator[0]], operator[1], kind, left, right)
         return left
 
-    def apply(
-        self, build: Callable[..., Any], column: int, left: Any, right: Any, kind: type
-    ) -> Any:
+    def apply(self, build: Callable[..., Any], column: int, kind: type, *operands: Any) -> Any:
         sides = []
-        for side in (left, right):
+        for side in operands:
             if kind is Mask:
                 side = _bool_as_mask(side)
             elif isinstance(side, int) and not isinstance(side, bool):
@@ -253,8 +244,8 @@ class _Parser:
         if operator[0] == "-":
             if isinstance(value, (int, float)) and not isinstance(value, bool):
                 return -value
-            return self.apply(lambda a, c: -a, operator[1], value, value, Index)
-        return self.apply(lambda a, c: ~a, operator[1], value, value, Mask)
+            return self.apply(lambda a: -a, operator[1], Index, value)
+        return self.apply(lambda a: ~a, operator[1], Mask, value)
 
     def nested(self, column: int, read: Callable[[], Any]) -> Any:
         self.depth += 1
@@ -274,8 +265,7 @@ class _Parser:
             args, kwargs = self.arguments()
             if len(args) != 1 or kwargs:
                 self.fail(column, f"equals takes one index and got {len(args) + len(kwargs)}")
-            other = args[0]
-            value = self.apply(lambda a, c: a.equals(c), dot[1], value, other, Index)
+            value = self.apply(Index.equals, dot[1], Index, value, args[0])
         return value
 
     def primary(self) -> Any:
@@ -312,8 +302,6 @@ class _Parser:
         return values, True
 
     def name(self, text: str, column: int) -> Any:
-        if text in ("True", "False"):
-            return text == "True"
         if text in _LITERALS:
             return _LITERALS[text]
         if text not in self.names:
@@ -354,6 +342,13 @@ class _Parser:
         return args, kwargs
 
 
+_COMPARISONS: dict[str, Callable[[Any, Any], Mask]] = {
+    "<": lambda a, c: a < c,
+    "<=": lambda a, c: a <= c,
+    ">": lambda a, c: a > c,
+    ">=": lambda a, c: a >= c,
+    "==": Index.equals,
+}
 _OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
     "|": lambda a, c: a | c,
     "^": lambda a, c: a ^ c,

@@ -13,7 +13,7 @@ from typing import Any
 from flexsparse import masks, plan_json
 from flexsparse.errors import MaskError
 from flexsparse.expr import Mask, everything
-from flexsparse.heads import PerHead, counted, per_head
+from flexsparse.heads import PerHead, numbered, per_head
 from flexsparse.parser import parse
 from flexsparse.plan_json import grouped
 from flexsparse.text import amount, formula, shown
@@ -147,10 +147,10 @@ class SparsePlan:
         heads = "" if self.n_heads is None else f" x {amount(self.n_heads, 'query head')}"
         lines = [f"SparsePlan: {amount(self.n_layers, 'layer')}{heads}"]
         for layer, numbers in grouped(self.layers).items():
-            title = "  " + counted("layer", numbers)
+            title = "  " + numbered("layer", numbers)
             lines.append(title if layer else f"{title}   as the model has them")
             for mask, of_mask in grouped(layer or ()).items():
-                lines.append(f"    {counted('head', of_mask)}   {_shown(mask)}")
+                lines.append(f"    {numbered('head', of_mask)}   {_shown(mask)}")
         return "\n".join(lines)
 
     __repr__ = __str__

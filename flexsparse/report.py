@@ -20,11 +20,10 @@ ELEMENT_SIZE = 2
 def text(compiled: CompiledMask) -> str:
     """The report of a compiled mask, a line for each launch."""
     q_block, kv_block = compiled.block_size
-    n_heads, q_len, kv_len = compiled.n_heads, compiled.q_len, compiled.kv_len
-    heads = "any number of heads" if n_heads is None else amount(n_heads, "head")
+    q_len, kv_len = compiled.q_len, compiled.kv_len
     title = (
-        f"CompiledMask: {heads}, {amount(q_len, 'query', 'queries')} x {amount(kv_len, 'key')}, "
-        f"blocks of {q_block} x {kv_block}, {compiled.device}"
+        f"CompiledMask: {heads_text(compiled)}, {amount(q_len, 'query', 'queries')} x "
+        f"{amount(kv_len, 'key')}, blocks of {q_block} x {kv_block}, {compiled.device}"
     )
     rows: list[tuple[str, ...]] = [
         ("heads", "mask", "executor", "blocks", "of them full", "of all blocks", "FLOPs", "bytes")
@@ -76,8 +75,14 @@ def text(compiled: CompiledMask) -> str:
     return "\n".join([title, *table(rows), *closing])
 
 
+def heads_text(compiled: CompiledMask) -> str:
+    """How many heads a compiled mask is for: '32 heads', 'any number of heads'."""
+    n_heads = compiled.n_heads
+    return "any number of heads" if n_heads is None else amount(n_heads, "head")
+
+
 def table(rows: list[tuple[str, ...]]) -> list[str]:
-    """Rows as aligned lines, the first row being the header; numbers align right."""
+    """Rows as aligned lines, the first as their header; all but three columns align right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [
         "  "

@@ -24,12 +24,12 @@ class Table:
     """A tensor read by `lookup`: compared by content, and watched for in-place changes.
 
     Args:
-        tensor: what is read; kept, not copied, unless it counts no writes (see `counted`).
+        tensor: what is read; kept, not copied, unless it counts no writes (see `counting_writes`).
         origins: the tensors it was computed from, watched with it and with theirs.
     """
 
     def __init__(self, tensor: Tensor, origins: tuple[Table, ...] = ()) -> None:
-        self.tensor = counted(tensor)
+        self.tensor = counting_writes(tensor)
         # flat, and each once: a loop computes tensors from tensors that are computed
         reached = (x for origin in origins for x in (*origin.origins, origin))
         self.origins: tuple[Table, ...] = tuple({id(x): x for x in reached}.values())
@@ -94,7 +94,7 @@ class Table:
         return f"{dtype}[{', '.join(map(str, self.tensor.shape))}]"
 
 
-def counted(tensor: Tensor) -> Tensor:
+def counting_writes(tensor: Tensor) -> Tensor:
     """The tensor; or, of one made in inference_mode, which counts no writes, a copy that does."""
     if not tensor.is_inference():
         return tensor

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
@@ -39,7 +39,7 @@ class Expr:
     op: str
     args: tuple[Expr, ...] = ()
     payload: Any = None
-    label: str | None = field(default=None)
+    label: str | None = None
     is_mask: ClassVar[bool] = False
 
     @functools.cached_property

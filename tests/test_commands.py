@@ -302,7 +302,7 @@ def test_run_says_when_the_reference_does_not_fit(monkeypatch, capsys):
     free = {"now": 2**40}
     monkeypatch.setattr("flexsparse.commands.run.free_bytes", lambda device: free["now"])
     monkeypatch.setattr(
-        "flexsparse.commands.run.seconds", lambda call, device: [call(), free.update(now=0), 1.0][2]
+        "flexsparse.commands.run.first_call", lambda call, device: (call(), free.update(now=0) or 1)
     )
     assert main(["run", "causal", "--len", "256", "--heads", "1"]) == 0
     assert "not checked: the dense reference takes" in capsys.readouterr().out

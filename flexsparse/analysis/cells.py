@@ -46,6 +46,13 @@ class Grid(NamedTuple):
         """Masks of q_len x kv_len: one for each batch row and head, batch rows outermost."""
         return self.batch * len(self.heads)
 
+    def read_by(self, mask: Mask) -> Grid:
+        """The same grid with one batch row, and one head, where a mask does not tell them apart."""
+        return self._replace(
+            batch=self.batch if "b" in mask.variables else 1,
+            heads=self.heads if "h" in mask.variables else (0,),
+        )
+
 
 def interval_reading(mask: Mask, grid: Grid) -> dict[str, Any]:
     """INTERVAL_READING for the cells of a grid, with the tables of this mask behind pyramids."""

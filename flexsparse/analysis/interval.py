@@ -94,14 +94,19 @@ def _floor_divide(a: Interval, b: Interval) -> Interval:
     )
 
 
-def _remainder(a: Interval, b: Interval) -> Interval:
+def _remainder(a: Interval | None, b: Interval | None) -> Interval | None:
+    if b is None:
+        return None
+    # whatever is divided: a remainder is smaller than its divisor
+    lo = _where(b.lo < 0, b.lo + 1, 0)
+    hi = _where(b.hi > 0, b.hi - 1, 0)
+    if a is None:
+        return Interval(lo, hi)
     # within one quotient of one divisor the remainder just counts up
     known = (b.lo == b.hi) & (b.lo != 0)
     divisor = _where(known, b.lo, 1)
     quotient = a.lo // divisor
     counting = known & (quotient == a.hi // divisor)
-    lo = _where(b.lo < 0, b.lo + 1, 0)
-    hi = _where(b.hi > 0, b.hi - 1, 0)
     start = quotient * divisor
     return Interval(_where(counting, a.lo - start, lo), _where(counting, a.hi - start, hi))
 
@@ -160,13 +165,6 @@ def settled(a: Interval) -> Interval:
         return a
     known = a.lo.isfinite() & a.hi.isfinite()
     return Interval(a.lo.where(known, -torch.inf), a.hi.where(known, torch.inf))
-
-
-def _remainder_of_anything(a: Interval | None, b: Interval | None) -> Interval | None:
-    if a is None and b is not None:
-        # whatever is divided: a remainder is smaller than its divisor
-        return Interval(_where(b.lo < 0, b.lo + 1, 0), _where(b.hi > 0, b.hi - 1, 0))
-    return None if a is None or b is None else _remainder(a, b)
 
 
 def _choose(condition: Truth, yes: Any, no: Any) -> Any:
@@ -278,7 +276,7 @@ INTERVAL_READING: dict[str, Callable[..., Any]] = {
     "-": _unless_unknown(_subtract),
     "*": _unless_unknown(_multiply),
     "//": _unless_unknown(_floor_divide),
-    "%": _remainder_of_anything,
+    "%": _remainder,
     "abs": _unless_unknown(_absolute),
     "minimum": _unless_unknown(_minimum),
     "maximum": _unless_unknown(_maximum),

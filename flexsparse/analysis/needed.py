@@ -6,6 +6,8 @@ decided which blocks are kept; where the diagonal cuts one, it is true throughou
 
 from __future__ import annotations
 
+import functools
+
 from flexsparse.analysis.cells import bound_cells, interval_reading
 from flexsparse.analysis.classify import BlockClasses
 from flexsparse.expr import Mask, everything
@@ -28,7 +30,4 @@ def needed(mask: Mask, classes: BlockClasses) -> Mask:
             kept.append(term)
     if len(kept) == len(terms):
         return mask
-    result = kept[0] if kept else everything
-    for term in kept[1:]:
-        result = result & term
-    return result
+    return functools.reduce(Mask.__and__, kept) if kept else everything

@@ -112,14 +112,18 @@ def find(mask: Mask, grid: Grid) -> tuple[int, int, int, int] | None:
     for rectangles in (classes.full, classes.partial):
         if not len(rectangles.plane):
             continue
-        q_block, kv_block = grid.block_size
-        q0, kv0 = int(rectangles.row0[0]) * q_block, int(rectangles.column0[0]) * kv_block
-        q = torch.arange(q0, min(q0 + q_block, grid.q_len))[:, None] + grid.q_offset
-        kv = torch.arange(kv0, min(kv0 + kv_block, grid.kv_len))
         b, head = divmod(int(rectangles.plane[0]), len(grid.heads))
-        h = grid.heads[head]
-        places = {"b": torch.tensor(b), "h": torch.tensor(h), "q_idx": q, "kv_idx": kv}
-        kept = kept_at(mask, places)
-        row, column = kept.expand(len(q), len(kv)).nonzero()[0].tolist()
-        return b, h, int(q[row]), int(kv[column])
+        h, row, column = grid.heads[head], int(rectangles.row0[0]), int(rectangles.column0[0])
+        return b, h, *first_kept(mask, grid, b, h, row, column)
     return None
+
+
+def first_kept(mask: Mask, grid: Grid, b: int, h: int, row: int, column: int) -> tuple[int, int]:
+    """The first place (q_idx, kv_idx) where a mask is true in a block that is not EMPTY."""
+    q0, kv0 = row * grid.block_size[0], column * grid.block_size[1]
+    q = torch.arange(q0, min(q0 + grid.block_size[0], grid.q_len))[:, None] + grid.q_offset
+    kv = torch.arange(kv0, min(kv0 + grid.block_size[1], grid.kv_len))
+    places = {"b": torch.tensor(b), "h": torch.tensor(h), "q_idx": q, "kv_idx": kv}
+    kept = kept_at(mask, places).expand(len(q), len(kv))
+    line, place = kept.nonzero()[0].tolist()
+    return int(q[line]), int(kv[place])

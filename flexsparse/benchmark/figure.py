@@ -72,15 +72,7 @@ def _title(row: Row) -> str:
 
 
 def _axes(sheet: Sheet, x: float, y: float, label: str, rows: Sequence[Row]) -> Any:
-    bottom = sheet.height - y - PLOT_HEIGHT
-    inches = (x / sheet.width, bottom / sheet.height)
-    axes = sheet.figure.add_axes(
-        (*inches, PLOT_WIDTH / sheet.width, PLOT_HEIGHT / sheet.height), facecolor="none"
-    )
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(LINE)
-    axes.tick_params(length=0, labelsize=7, labelcolor=QUIET)
+    axes = sheet.plot(x, y, PLOT_WIDTH, PLOT_HEIGHT)
     is_length = rows[0]["x_axis"] != "sparsity"
     if is_length:
         axes.set_xscale("log", base=2)

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 import flexsparse.masks
+from flexsparse.benchmark.harness import first_call
 from flexsparse.expr import Mask
 from flexsparse.heads import PerHead
 from flexsparse.parser import parse, parse_heads
 
+BUDGET = 4.0  # seconds for calls that are compared
 PICTURES = (".pdf", ".png", ".svg")  # what matplotlib writes by itself
 
 
@@ -81,7 +83,7 @@ def device_here() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def device_name(device: torch.device) -> str:
+def device_text(device: torch.device) -> str:
     """A device in words, with its threads or its model."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -100,20 +102,7 @@ def free_bytes(device: torch.device) -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
-def seconds(call: Callable[[], object], device: torch.device) -> float:
-    """How long one call takes, to the end of its work on the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    started = time.perf_counter()
-    call()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - started
-
-
-def medians(
-    calls: Sequence[Callable[[], object]], device: torch.device, budget: float = 4.0
-) -> tuple[list[float], int]:
+def medians(calls: Sequence[Callable[[], object]], device: torch.device) -> tuple[list[float], int]:
     """(The median time of each call in seconds, of how many runs); the calls take turns.
 
     They take turns so that other work on the machine slows all of them alike. Between 3 and 25
@@ -121,9 +110,9 @@ def medians(
     """
     times: list[list[float]] = [[] for _ in calls]
     started = time.perf_counter()
-    while len(times[0]) < 3 or (time.perf_counter() - started < budget and len(times[0]) < 25):
+    while len(times[0]) < 3 or (time.perf_counter() - started < BUDGET and len(times[0]) < 25):
         for call, own in zip(calls, times, strict=True):
-            own.append(seconds(call, device))
+            own.append(first_call(call, device)[1] / 1e3)
     return [statistics.median(own) for own in times], len(times[0])
 
 

@@ -17,7 +17,7 @@ from flexsparse.commands.arguments import (
     check_picture,
     check_writable,
     device_here,
-    device_name,
+    device_text,
     free_bytes,
     positive,
 )
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
         for workload in workloads(preset, device, shape.n_heads, quick=args.quick, lengths=args.len)
     ]
     heads = f"{shape.n_heads} heads, head_dim {shape.head_dim}, {shape.dtype}"
-    print(f"On {device_name(device)}: {heads.replace('torch.', '')}.", flush=True)
+    print(f"On {device_text(device)}: {heads.replace('torch.', '')}.", flush=True)
     rows, notes = _measure(found, shape, device, args)
     for preset in presets:
         mine = [row for row in rows if row["preset"] == preset]

@@ -14,11 +14,11 @@ from flexsparse.commands.arguments import (
     CommandError,
     check_picture,
     device_here,
-    device_name,
+    device_text,
     positive,
     read_mask,
 )
-from flexsparse.commands.real_model import PACKAGE, load, manual
+from flexsparse.commands.real_model import add_model_argument, load, manual, model_name
 from flexsparse.expr import Mask, everything
 from flexsparse.fidelity import (
     Point,
@@ -74,9 +74,7 @@ def add_to(commands: Any) -> None:
 
 def add_text_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that say which model reads what."""
-    parser.add_argument(
-        "--model", metavar="PATH_OR_ID", help="a Hugging Face causal model (default: Gemma 3 270M)"
-    )
+    add_model_argument(parser)
     parser.add_argument("--text", metavar="FILE", help="UTF-8 (default: Python's own manual)")
     parser.add_argument("--len", type=positive, default=2048, help="tokens (default: 2048)")
     parser.add_argument("--sequences", type=positive, default=1, help="of that length (default: 1)")
@@ -122,7 +120,7 @@ def evaluate(args: argparse.Namespace) -> int:
             raise CommandError(f"{candidate.name}: {reason}")
 
     print(
-        f"{args.model or f'Gemma 3 270M ({PACKAGE})'} on {device_name(device)}: {len(ids)} x "
+        f"{model_name(args.model)} on {device_text(device)}: {len(ids)} x "
         f"{args.len:,} tokens of {args.text or 'the manual of Python'}.",
         flush=True,
     )

@@ -35,6 +35,18 @@ class Layer(NamedTuple):
     scale: float | None
 
 
+def add_model_argument(parser: Any) -> None:
+    """Add to a parser, or to a group of one, the argument that says which model is meant."""
+    parser.add_argument(
+        "--model", metavar="PATH_OR_ID", help="a Hugging Face causal model (default: Gemma 3 270M)"
+    )
+
+
+def model_name(model: str | None) -> str:
+    """What --model says, in words."""
+    return model or f"Gemma 3 270M ({PACKAGE})"
+
+
 def layers_of(model: str | None, length: int, device: torch.device) -> list[Layer]:
     """Up to three full-attention layers of a model at `length` tokens of Python's own manual.
 

@@ -8,17 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexsparse.benchmark.harness import first_call
 from flexsparse.commands.arguments import (
     CommandError,
     dense_attention,
     device_here,
-    device_name,
+    device_text,
     free_bytes,
     medians,
     positive,
     ratio,
     read_heads,
-    seconds,
 )
 from flexsparse.commands.show import add_mask_arguments, compiled_from
 from flexsparse.compiler import CompiledMask
@@ -61,12 +61,12 @@ def run(args: argparse.Namespace) -> int:
     attend = compiled_from(args, mask, n_heads, str(device))
     print(attend)
     print(
-        f"\nOn {device_name(device)}: q {list(q.shape)}, k and v {list(k.shape)}, {args.dtype}, "
+        f"\nOn {device_text(device)}: q {list(q.shape)}, k and v {list(k.shape)}, {args.dtype}, "
         "random."
     )
-    result: list[Tensor] = []
-    first = seconds(lambda: result.append(attend(q, k, v)), device)
-    print(f"  first call      {time_text(first):>10}   kernels compiled for this structure of mask")
+    out, first_ms = first_call(lambda: attend(q, k, v), device)
+    first = time_text(first_ms / 1e3)
+    print(f"  first call      {first:>10}   kernels compiled for this structure of mask")
 
     square = q.shape[2] == k.shape[2]
     (ours, dense), runs = medians(
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"  this mask       {time_text(ours):>10}   median of {runs} calls")
     print(f"  dense attention {time_text(dense):>10}   torch's own, {kind}, in turns with ours")
     print(f"  this mask is {ratio(ours, dense)} dense attention")
-    return _check(attend, q, k, v, result[0], ALLOWED_ERROR[args.dtype])
+    return _check(attend, q, k, v, out, ALLOWED_ERROR[args.dtype])
 
 
 def _random_tensors(

@@ -11,7 +11,7 @@ from flexsparse.commands.arguments import CommandError, positive, read_heads
 from flexsparse.compiler import CompiledMask, compile_mask
 from flexsparse.drawing.terminal import Ink, picture
 from flexsparse.expr import Mask
-from flexsparse.heads import PerHead, counted
+from flexsparse.heads import PerHead, numbered
 from flexsparse.text import shown
 
 MOST_BLOCKS = 1 << 20  # along the queries or the keys; the diagonal of so many takes seconds
@@ -81,6 +81,6 @@ def show(args: argparse.Namespace) -> int:
         print(f"\n{picture(compiled, ink)}")
         return 0
     for place, own in enumerate(mask.distinct):
-        print(f"\n{shown(own)}, {counted('head', mask.heads_of(place))}:")
+        print(f"\n{shown(own)}, {numbered('head', mask.heads_of(place))}:")
         print(picture(compiled_from(args, own, None), ink))
     return 0

@@ -22,7 +22,7 @@ from flexsparse.compat.dkernel_patterns import combine_attn_partitions, get_spar
 from flexsparse.masks import block_sparse, s2_attention
 from flexsparse.masks import causal as causal_mask
 from flexsparse.masks.arguments import at_least
-from flexsparse.tensors import counted
+from flexsparse.tensors import counting_writes
 
 __all__ = [
     "LocalStrideSparseAttention",
@@ -74,7 +74,7 @@ class SparseAttention(BlockAttention):
         n_patterns = len(pattern) if pattern.dim() == 3 else 1
         super().__init__(n_patterns, block_size, pattern.shape[-1] * block_size, seq_dim)
         self.causal = causal
-        self.register_buffer("sparse_pattern", counted(pattern), persistent=False)
+        self.register_buffer("sparse_pattern", counting_writes(pattern), persistent=False)
 
     def extra_repr(self) -> str:
         """What print shows."""
@@ -85,7 +85,7 @@ class SparseAttention(BlockAttention):
     def _identity(self) -> tuple[int, int]:
         pattern = self.sparse_pattern
         if pattern.is_inference():  # the module was moved in inference_mode
-            self.sparse_pattern = pattern = counted(pattern)
+            self.sparse_pattern = pattern = counting_writes(pattern)
         return id(pattern), pattern._version
 
     @property

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
@@ -37,14 +39,10 @@ def rectangles_of(block_mask: BlockMask, b: int, h: int) -> tuple[Rectangles, Re
     columns = grid_of(block_mask).columns
     none = torch.zeros(0, dtype=torch.int64)
     found = []
-    for counts, indices in (
-        (block_mask.kv_num_blocks, block_mask.kv_indices),
-        (block_mask.full_kv_num_blocks, block_mask.full_kv_indices),
-    ):
-        if counts is None or indices is None:
+    for lists in _lists_of(block_mask, b, h):
+        if lists is None:
             found.append(Rectangles(*[none] * 5))
             continue
-        lists = _plane(counts, indices, b, h)
         row, start, end = _runs(*lists, columns)
         found.append(Rectangles(torch.zeros_like(row), row, row + 1, start, end))
     partial, full = found
@@ -63,20 +61,21 @@ def rectangles_of(block_mask: BlockMask, b: int, h: int) -> tuple[Rectangles, Re
 
 def place_of(block_mask: BlockMask, b: int, h: int) -> tuple[int, ...]:
     """Where the lists of a plane lie in memory: planes that share them look alike."""
-    places: list[int] = []
+    return tuple(x.data_ptr() for lists in _lists_of(block_mask, b, h) for x in lists or ())
+
+
+def _lists_of(block_mask: BlockMask, b: int, h: int) -> Iterator[Lists | None]:
+    """The lists of the partial and of the full blocks of a plane; None where there are none."""
     for counts, indices in (
         (block_mask.kv_num_blocks, block_mask.kv_indices),
         (block_mask.full_kv_num_blocks, block_mask.full_kv_indices),
     ):
-        if counts is not None and indices is not None:
-            places += [x.data_ptr() for x in _plane(counts, indices, b, h)]
-    return tuple(places)
-
-
-def _plane(counts: Tensor, indices: Tensor, b: int, h: int) -> Lists:
-    while counts.dim() < 3:
-        counts, indices = counts[None], indices[None]
-    return counts[b, h], indices[b, h]
+        if counts is None or indices is None:
+            yield None
+            continue
+        while counts.dim() < 3:
+            counts, indices = counts[None], indices[None]
+        yield counts[b, h], indices[b, h]
 
 
 def _runs(counts: Tensor, indices: Tensor, columns: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from flexsparse.analysis.cells import Grid
 from flexsparse.drawing.colours import DARK, LIGHT, Colours, css
+from flexsparse.drawing.page import proportion
 from flexsparse.drawing.panels import FULL, PARTIAL, Counted, panel
 from flexsparse.drawing.pools import Pools
 
@@ -202,7 +203,7 @@ def _packed(runs: Runs, rows: int) -> str:
 
 def _figures(found: Sequence[Counted], grid: Grid) -> str:
     width = next(pixels for most, pixels in WIDTHS if len(found) <= most)
-    height = round(width * min(max(grid.q_len / grid.kv_len, 0.25), 1.5))
+    height = round(width * proportion(grid))
     return "".join(
         f'<figure style="width:{width}px"><figcaption><b>{escape(x.plane.name)}</b><br>'
         f'{escape(x.plane.who)}</figcaption><canvas role="img" aria-label="blocks" '

@@ -17,7 +17,7 @@ from flexsparse.drawing.paper import INK, LINE, QUIET, Sheet, wrapped
 from flexsparse.drawing.pools import Pools
 from flexsparse.drawing.words import scaled
 from flexsparse.errors import MaskError
-from flexsparse.heads import counted
+from flexsparse.heads import numbered
 from flexsparse.text import shown
 
 ELEMENT_SIZE = 2  # bytes, of a bfloat16
@@ -119,7 +119,7 @@ def work(
         own = launch.heads if attend.n_heads else range(heads)
         pairs = _pairs(launch.classes) / grid.planes
         of_kv = len({h * kv_heads // heads for h in own})
-        who = counted("head", launch.heads) if attend.n_heads else "all heads"
+        who = numbered("head", launch.heads) if attend.n_heads else "all heads"
         found.append(
             Work(
                 f"{who}: {shown(launch.mask)}",
@@ -160,7 +160,7 @@ def _picture(launches: Sequence[Work], device: Device, attend: CompiledMask) -> 
     title = f"The least time of each launch on {device.name}, from its data sheet; not measured"
     sheet.text(0.2, 0.16, title, size=11, weight="bold")
     colours = [css(LIGHT.full)] * (len(launches) - 1) + [QUIET]
-    _roof(_axes(sheet, 0.9, 0.75, PLOT), launches, device, colours)
+    _roof(sheet.plot(0.9, 0.75, PLOT, PLOT, frameon=False), launches, device, colours)
     _times(sheet, x, 0.75, launches, device, colours)
     grid = attend.launches[0].grid
     total = sum(launch.seconds(device) for launch in launches[:-1])
@@ -172,15 +172,6 @@ def _picture(launches: Sequence[Work], device: Device, attend: CompiledMask) -> 
     ]
     sheet.text(0.2, 0.75 + height + 0.43, "\n".join(lines), size=7.5, color=QUIET)
     return sheet.figure
-
-
-def _axes(sheet: Sheet, x: float, y: float, side: float) -> Any:
-    """Square axes of their own, without a frame."""
-    bottom = 1 - (y + side) / sheet.height
-    place = (x / sheet.width, bottom, side / sheet.width, side / sheet.height)
-    axes = sheet.figure.add_axes(place, frameon=False)
-    axes.tick_params(length=0, labelsize=7, labelcolor=QUIET)
-    return axes
 
 
 def _roof(axes: Any, launches: Sequence[Work], device: Device, colours: Sequence[str]) -> None:

@@ -21,7 +21,8 @@ from flexsparse.drawing.words import percent
 from flexsparse.errors import MaskError
 from flexsparse.expr import Mask
 from flexsparse.heads import PerHead
-from flexsparse.text import SHOWN, amount, formula, shown
+from flexsparse.report import heads_text
+from flexsparse.text import SHOWN, formula, shown
 
 LONGEST = 8192  # tokens at which a mask without lengths is shown
 LONGEST_OPAQUE = 1024  # where every element may have to be looked at
@@ -86,18 +87,16 @@ def _facts(drawn: Any, found: Sequence[Plane]) -> list[str]:
     grid = found[0].grid
     facts = [lengths_text(grid, with_blocks=True)]
     if isinstance(drawn, CompiledMask):
-        n_heads = drawn.n_heads
-        heads = "any number of heads" if n_heads is None else amount(n_heads, "head")
-        facts[0] = f"{heads}, {facts[0]}, {drawn.device}"
+        facts[0] = f"{heads_text(drawn)}, {facts[0]}, {drawn.device}"
         facts.append(f"Compiled in {time_text(drawn.compile_seconds)}.")
     return facts
 
 
 def _page(title: str, facts: Sequence[str], drawn: Any, found: Sequence[Plane]) -> str:
-    shown = found[:MOST_PANELS]
-    layout = Layout.of(len(shown))
-    blocks = [counted(plane, ELEMENTS_EVALUATED // len(shown)) for plane in shown]
-    pooled = Panels(tuple(panel(x, layout.pools) for x in blocks), len(found) - len(shown))
+    first = found[:MOST_PANELS]
+    layout = Layout.of(len(first))
+    blocks = [counted(plane, ELEMENTS_EVALUATED // len(first)) for plane in first]
+    pooled = Panels(tuple(panel(x, layout.pools) for x in blocks), len(found) - len(first))
     if pooled.left_out:
         facts = [*facts, f"{pooled.left_out:,} more distinct masks are left out."]
     return canvas(
@@ -114,9 +113,9 @@ def _still(pooled: Panels, layout: Layout) -> str:
     return f'<img alt="which blocks each head computes" src="data:image/png;base64,{data}">'
 
 
-def _table(drawn: Any, shown: Sequence[Panel]) -> str:
+def _table(drawn: Any, panels: Sequence[Panel]) -> str:
     """What each distinct mask computes, a row each; folded up where there are many."""
-    rows = [_row(drawn, x) for x in shown]
+    rows = [_row(drawn, x) for x in panels]
     head = "".join(f'<th class="flexsparse-{cell.align}">{cell.name}</th>' for cell in rows[0])
     lines = [
         "".join(f'<td class="flexsparse-{cell.align}">{cell.text}</td>' for cell in row)
@@ -124,9 +123,9 @@ def _table(drawn: Any, shown: Sequence[Panel]) -> str:
     ]
     body = "".join(f"<tr>{line}</tr>" for line in lines)
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-    if len(shown) <= MOST_ROWS:
+    if len(panels) <= MOST_ROWS:
         return table
-    return f"<details><summary>{len(shown)} distinct masks</summary>{table}</details>"
+    return f"<details><summary>{len(panels)} distinct masks</summary>{table}</details>"
 
 
 class Cell(NamedTuple):

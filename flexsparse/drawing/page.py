@@ -82,7 +82,7 @@ def page(
         longest_label: letters of the longest token label beside the cells.
         foot: inches left free below.
     """
-    width, height = layout.width, layout.width * min(max(grid.q_len / grid.kv_len, 0.25), 1.5)
+    width, height = layout.width, layout.width * proportion(grid)
     names = max(tile.name.count("\n") + 1 for tile in tiles)
     texts = max(tile.text.count("\n") + 1 for tile in tiles)
     header = names * NAME_LINE + texts * NOTE_LINE + TOP_AXIS
@@ -105,6 +105,11 @@ def page(
         y -= (tile.text.count("\n") + 1) * NOTE_LINE + 0.03
         sheet.text(x, y, tile.name, weight="bold", va="bottom", linespacing=1.15)
     return sheet, below
+
+
+def proportion(grid: Grid) -> float:
+    """The height of a panel over its width: queries over keys, but never very flat or tall."""
+    return min(max(grid.q_len / grid.kv_len, 0.25), 1.5)
 
 
 def lengths_text(grid: Grid, *, with_blocks: bool) -> str:

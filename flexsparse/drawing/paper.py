@@ -1,6 +1,6 @@
 """A sheet of matplotlib, measured in inches from its top left corner.
 
-All of it is one pair of axes: a pair for each of many panels would take longer than the rest.
+Panels share one pair of axes: a pair for each of many would take longer than the rest.
 """
 
 from __future__ import annotations
@@ -58,6 +58,17 @@ class Sheet:
         from matplotlib.collections import LineCollection
 
         self.axes.add_artist(LineCollection(segments, **style))
+
+    def plot(self, x: float, y: float, width: float, height: float, **style: Any) -> Any:
+        """Axes for curves, their upper left corner at (x, y); quiet, with lines on two sides."""
+        bottom = self.height - y - height
+        place = (x / self.width, bottom / self.height, width / self.width, height / self.height)
+        axes = self.figure.add_axes(place, facecolor="none", **style)
+        for side, spine in axes.spines.items():
+            spine.set_visible(side in ("left", "bottom"))
+            spine.set_color(LINE)
+        axes.tick_params(length=0, labelsize=7, labelcolor=QUIET)
+        return axes
 
 
 def wrapped(text: str, inches: float, size: float, lines: int) -> str:

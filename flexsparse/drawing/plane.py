@@ -12,7 +12,7 @@ from torch import Tensor
 from flexsparse.analysis.cells import Grid
 from flexsparse.analysis.rectangles import Rectangles
 from flexsparse.expr import Mask
-from flexsparse.heads import counted
+from flexsparse.heads import numbered
 from flexsparse.tree import kept_at
 
 ELEMENTS_UP_TO = 64  # tokens; shorter masks are drawn element by element
@@ -46,8 +46,9 @@ class Plane:
     @property
     def is_short(self) -> bool:
         """Whether its elements are drawn, not its blocks."""
-        known = self.mask is not None or not len(self.blocks().partial.plane)
-        return max(self.grid.q_len, self.grid.kv_len) <= ELEMENTS_UP_TO and known
+        if max(self.grid.q_len, self.grid.kv_len) > ELEMENTS_UP_TO:
+            return False
+        return self.mask is not None or not len(self.blocks().partial.plane)
 
     @property
     def who(self) -> str:
@@ -104,11 +105,11 @@ def who_text(owners: Sequence[Owner]) -> str:
 
 def _rows_and_heads(rows: Sequence[int | None], heads: Sequence[int | None]) -> str:
     known = [h for h in heads if h is not None]
-    text = counted("head", known) if known else "all heads"
+    text = numbered("head", known) if known else "all heads"
     in_batch = [b for b in rows if b is not None]
     if not in_batch:
         return text
-    return f"{counted('batch row', in_batch)}, {text}"
+    return f"{numbered('batch row', in_batch)}, {text}"
 
 
 def _covered(rectangles: Rectangles, row: Tensor, column: Tensor) -> Tensor:

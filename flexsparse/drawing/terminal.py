@@ -13,10 +13,10 @@ from flexsparse.analysis.cells import Grid
 from flexsparse.analysis.classify import BlockClasses
 from flexsparse.analysis.rectangles import Rectangles
 from flexsparse.compiler import CompiledMask
+from flexsparse.drawing.plane import ELEMENTS_UP_TO
 from flexsparse.expr import Mask
 from flexsparse.tree import kept_at
 
-ELEMENTS_UP_TO = 64  # tokens; shorter masks are drawn element by element
 MOST_COLUMNS = 64
 MOST_ROWS = 48
 RECTANGLES_AT_ONCE = 1 << 15

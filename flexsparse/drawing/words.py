@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def percent(part: float | None) -> str:
-    """A part of 1 as '37 %'; None as 'not computed'."""
+    """A part of 1 as '37.5 %', all of it as '100 %'; None as 'not computed'."""
     if part is None:
         return "not computed"
     if 0 < part < 0.0001:

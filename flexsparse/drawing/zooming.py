@@ -12,7 +12,7 @@ from flexsparse.default_device import cpu_by_default
 from flexsparse.drawing.colours import painted
 from flexsparse.drawing.frame import Frame, Sides
 from flexsparse.drawing.legend import draw_key, state_keys
-from flexsparse.drawing.page import TITLE
+from flexsparse.drawing.page import TITLE, proportion
 from flexsparse.drawing.panels import ELEMENTS_EVALUATED, counted, panel
 from flexsparse.drawing.paper import DPI, Sheet, wrapped
 from flexsparse.drawing.plane import Plane, plane_of, who_text
@@ -91,8 +91,7 @@ def _picture(plane: Plane, row: int, column: int, kept: Tensor, who: str) -> Any
 
     sheet.text(LEFT, TITLE + 0.32, wrapped(plane.name, MAP, 8, 2), weight="bold", va="bottom")
     whole = panel(counted(plane, ELEMENTS_EVALUATED), int(MAP * DPI / 2))
-    shape = min(max(grid.q_len / grid.kv_len, 0.25), 1.5)
-    small = Frame(sheet, LEFT, TITLE + 0.5, MAP, MAP * shape, 0, grid)
+    small = Frame(sheet, LEFT, TITLE + 0.5, MAP, MAP * proportion(grid), 0, grid)
     small.cells(painted(whole.states, whole.shade), whole.pools)
     small.axes(Sides(right=False))
     queries, keys = kept.shape

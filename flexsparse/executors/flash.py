@@ -98,13 +98,13 @@ def missing() -> str | None:
 
 
 def run(
-    q: Tensor, k: Tensor, v: Tensor, mask: Band, *, scale: float | None = None
+    q: Tensor, k: Tensor, v: Tensor, band: Band, *, scale: float | None = None
 ) -> tuple[Tensor, None]:
     """Attention under a band: out [B, n_heads, q_len, Dv], and no LSE."""
     batch, _, q_len, _ = q.shape
-    cu_q, cu_k = (_starts(mask, batch, x.shape[2], q.device) for x in (q, k))
+    cu_q, cu_k = (_starts(band, batch, x.shape[2], q.device) for x in (q, k))
     gqa = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
-    longest = [min(mask.longest, x.shape[2]) for x in (q, k)]
+    longest = [min(band.longest, x.shape[2]) for x in (q, k)]
     varlen_attn = _varlen_attn()
     assert varlen_attn is not None
     out = varlen_attn(
@@ -113,16 +113,16 @@ def run(
         cu_k,
         *longest,
         scale=scale,
-        window_size=(mask.left, mask.right),
+        window_size=(band.left, band.right),
         **gqa,
     )
     return out.unflatten(0, (batch, q_len)).transpose(1, 2), None
 
 
-def _starts(mask: Band, batch: int, length: int, device: torch.device) -> Tensor:
+def _starts(band: Band, batch: int, length: int, device: torch.device) -> Tensor:
     """Where each sequence of a packed batch begins, and the end: int32."""
     first = torch.arange(batch, dtype=torch.int32, device=device)[:, None] * length
-    within = first.new_zeros(1) if mask.cu_seqlens is None else mask.cu_seqlens[:-1]
+    within = first.new_zeros(1) if band.cu_seqlens is None else band.cu_seqlens[:-1]
     return torch.cat([(first + within).flatten(), first.new_tensor([batch * length])])
 
 

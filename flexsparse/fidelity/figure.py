@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from flexsparse.drawing.colours import ONLY_A, ONLY_B, css
-from flexsparse.drawing.paper import INK, LINE, QUIET, Sheet
+from flexsparse.drawing.paper import INK, QUIET, Sheet
 
 WIDTH, HEIGHT = 6.4, 4.0  # inches
 LEFT, RIGHT, TOP, BOTTOM = 0.75, 0.3, 0.55, 0.6
@@ -35,14 +35,7 @@ def draw_perplexity(points: Sequence[Point], dense: Point, title: str) -> Any:
     """
     sheet = Sheet(WIDTH, HEIGHT)
     sheet.text(0.2, 0.18, title, size=9)
-    inner = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
-    axes = sheet.figure.add_axes(
-        (LEFT / WIDTH, BOTTOM / HEIGHT, inner[0] / WIDTH, inner[1] / HEIGHT)
-    )
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(LINE)
-    axes.tick_params(length=0, labelsize=7, labelcolor=QUIET)
+    axes = sheet.plot(LEFT, TOP, WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM)
     axes.axhline(dense.perplexity, color=QUIET, linewidth=0.8, linestyle=(0, (4, 3)))
     for point in [dense, *points]:
         colour = QUIET if point is dense else css(ONLY_B if point.is_plan else ONLY_A)

@@ -12,7 +12,7 @@ from torch import Tensor
 from flexsparse.errors import MaskError
 from flexsparse.expr import Mask, everything
 from flexsparse.fidelity.perplexity import applied
-from flexsparse.heads import PerHead
+from flexsparse.heads import as_per_head
 from flexsparse.plan import SparsePlan
 
 ELEMENTS_AT_ONCE = 1 << 22
@@ -71,7 +71,7 @@ def layer_inputs(
     def keep(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, options: Any) -> None:
         if module.layer_idx in layers and mask is not None:
             scale = options.get("scaling") or q.shape[-1] ** -0.5
-            own = mask.compiled(PerHead((everything,), (0,) * q.shape[1])).masks[0]
+            own = mask.compiled(as_per_head(everything, q.shape[1])).masks[0]
             q, k, v = (x[0].detach().clone() for x in (q, k, v))
             found[module.layer_idx] = LayerInputs(q, k, v, scale, options.get("softcap"), own)
 

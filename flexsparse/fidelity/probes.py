@@ -95,7 +95,7 @@ def recall_sequences(
     distance drawn from a power law (near ones are likelier), followed by its value again. All else
     is filled with keys that were not used.
 
-    >>> recall_sequences(1, 8, 2, torch.arange(2), torch.arange(10, 12))[0]  # 0 11 1 10 1 10 0 11
+    >>> recall_sequences(1, 8, 2, torch.arange(3), torch.arange(10, 12))[0]  # 0 11 2 10 2 10 0 11
 
     Args:
         count: rows.

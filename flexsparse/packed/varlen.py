@@ -19,7 +19,7 @@ from flexsparse.default_device import cpu_by_default
 from flexsparse.dropout import Dropout, is_kept
 from flexsparse.errors import MaskError
 from flexsparse.expr import Mask, everything
-from flexsparse.heads import PerHead, not_a_mask
+from flexsparse.heads import PerHead, as_per_head, refuse_other
 from flexsparse.launch import refuse_unknown
 from flexsparse.modifiers import Modifiers
 from flexsparse.packed.cu_seqlens import first_positions, lengths
@@ -127,9 +127,7 @@ def plan_varlen(
     there with q, k and v. The arguments are those of `varlen`; q, k and v will be on `device`, by
     default cu_seqlens_q's.
     """
-    reason = not_a_mask(mask)
-    if reason is not None:
-        raise MaskError(f"varlen takes a Mask or per_head([...]), not {reason}")
+    refuse_other("varlen", mask)
     check_size("n_heads", n_heads, MOST_HEADS)
     blocks = block_sizes("block_size", block_size)
     q_lens, kv_lens = lengths(cu_seqlens_q, cu_seqlens_k)
@@ -208,9 +206,8 @@ class VarlenMask:
         steps = block_size if own_blocks else (1, 1)
         self._q, self._kv = Pack(q_lens, steps[0], device), Pack(kv_lens, steps[1], device)
         self._tokens = PackedTokens(self._q, self._kv, q_offsets)
-        masks = mask if isinstance(mask, PerHead) else PerHead((mask,), (0,) * n_heads)
         options |= {"batch": 1, "q_offset": 0}
-        packed = self._tokens.of_heads(masks)
+        packed = self._tokens.of_heads(as_per_head(mask, n_heads))
         self.compiled = compile_mask(packed, self._q.size, self._kv.size, **options)
 
     @property

@@ -6,9 +6,8 @@ from typing import NamedTuple
 
 from flexsparse.analysis.cells import Grid
 from flexsparse.arguments import check_grid
-from flexsparse.errors import MaskError
 from flexsparse.expr import Mask
-from flexsparse.heads import PerHead, not_a_mask
+from flexsparse.heads import PerHead, as_per_head, refuse_other, refuse_other_count
 from flexsparse.text import shown
 
 
@@ -37,29 +36,16 @@ def cases(
 ) -> tuple[Case, ...]:
     """The distinct masks of a mask; errors begin with `verb`, the function that the user called."""
     check_grid(f"{verb}: ", q_len, kv_len, batch, n_heads, q_offset)
-    reason = not_a_mask(mask)
-    if reason is not None:
-        raise MaskError(f"{verb} takes a Mask or per_head([...]), not {reason}")
-    if isinstance(mask, PerHead) and n_heads not in (None, mask.n_heads):
-        raise MaskError(
-            f"{verb}: per_head got {mask.n_heads} masks but n_heads={n_heads}. Give one mask for "
-            "each query head, or leave n_heads out."
-        )
-    masks = PerHead((mask,), (0,) * (n_heads or 1)) if isinstance(mask, Mask) else mask
+    refuse_other(verb, mask)
+    refuse_other_count(f"{verb}: ", mask, n_heads)
+    masks = as_per_head(mask, n_heads or 1)
     every_head = isinstance(mask, Mask) and n_heads is None
     offset = kv_len - q_len if q_offset is None else q_offset
     found = []
     for place, distinct in enumerate(masks.distinct):
         reads_b, reads_h = (name in distinct.variables for name in ("b", "h"))
         heads = masks.heads_of(place)
-        grid = Grid(
-            q_len,
-            kv_len,
-            offset,
-            block_size,
-            batch if batch and reads_b else 1,
-            heads if reads_h else (0,),
-        )
+        grid = Grid(q_len, kv_len, offset, block_size, batch or 1, heads).read_by(distinct)
         unknown = (["n_heads"] if reads_h and every_head else []) + (
             ["batch"] if reads_b and batch is None else []
         )

@@ -11,10 +11,10 @@ from flexsparse.analysis.validate import leaves_int32, problem
 from flexsparse.analysis.whole import whole_bounds
 from flexsparse.default_device import cpu_by_default
 from flexsparse.expr import Mask
-from flexsparse.heads import PerHead, counted
+from flexsparse.heads import PerHead, numbered
 from flexsparse.questions.cases import Case, cases, missing_argument
 from flexsparse.questions.gaps import Ranges, empty_rows, unseen_keys
-from flexsparse.text import shorten, shown
+from flexsparse.text import amount, shorten, shown
 
 RANGES_SHOWN = 6
 TEXT_WIDTH = 72
@@ -38,16 +38,16 @@ class Unused:
         return sum(map(len, self.positions))
 
     def __str__(self) -> str:
-        shown = ", ".join(
+        ranges = ", ".join(
             f"{x.start:,}" if len(x) == 1 else f"{x.start:,} to {x.stop - 1:,}"
             for x in self.positions[:RANGES_SHOWN]
         )
         more = len(self.positions) - RANGES_SHOWN
-        shown += f" and {more:,} ranges more" if more > 0 else ""
-        where = [] if self.heads is None else [counted("head", self.heads)]
+        ranges += f" and {more:,} ranges more" if more > 0 else ""
+        where = [] if self.heads is None else [numbered("head", self.heads)]
         if self.batch is not None:
-            where.append(counted("batch row", self.batch))
-        return f"{shown} ({', '.join(where)})" if where else shown
+            where.append(numbered("batch row", self.batch))
+        return f"{ranges} ({', '.join(where)})" if where else ranges
 
 
 class Beyond(NamedTuple):
@@ -102,9 +102,9 @@ class Check:
         )
         lines = [f"cannot be compiled: {sentence}" for sentence in self.broken]
         for x in self.empty_rows:
-            lines.append(f"{_counted(x.count, 'query sees', 'queries see')} no key: q_idx {x}")
+            lines.append(f"{amount(x.count, 'query sees', 'queries see')} no key: q_idx {x}")
         for x in self.unseen_keys:
-            lines.append(f"{_counted(x.count, 'key is', 'keys are')} seen by nobody: kv_idx {x}")
+            lines.append(f"{amount(x.count, 'key is', 'keys are')} seen by nobody: kv_idx {x}")
         lines += [f"depends on the {_VARIABLES[name]} ({name})" for name in self.depends_on]
         lines += [f"leaves int32, so it is computed in int64: {y}" for y in self.beyond_int32]
         lines += [f"an operator without a rule, exact but slower: {name}" for name in self.opaque]
@@ -112,10 +112,6 @@ class Check:
         return "\n  ".join([title, *lines, *verdict])
 
     __repr__ = __str__
-
-
-def _counted(n: int, one: str, many: str) -> str:
-    return f"{n:,} {one if n == 1 else many}"
 
 
 _VARIABLES = {"h": "head", "b": "batch row"}

@@ -10,12 +10,12 @@ import torch
 
 from flexsparse.analysis.classify import BlockClasses, classify
 from flexsparse.analysis.rectangles import Rectangles
-from flexsparse.analysis.validate import problem
+from flexsparse.analysis.validate import first_kept, problem
 from flexsparse.arguments import block_sizes
 from flexsparse.default_device import cpu_by_default
 from flexsparse.errors import MaskError
 from flexsparse.expr import Mask, nothing
-from flexsparse.heads import PerHead, not_a_mask
+from flexsparse.heads import PerHead, as_per_head, not_a_mask
 from flexsparse.questions.cases import Case, cases, missing_argument
 from flexsparse.text import amount, shorten, shown
 from flexsparse.tree import kept_at
@@ -73,13 +73,13 @@ class Difference:
         at = self.pair
         keeps, drops = ("a", "b") if at.kept_by == "a" else ("b", "a")
         more = self.blocks - len(self.first_blocks)
-        shown = ", ".join(f"({x.b}, {x.h}, {x.row}, {x.column})" for x in self.first_blocks)
+        blocks = ", ".join(f"({x.b}, {x.h}, {x.row}, {x.column})" for x in self.first_blocks)
         return "\n  ".join(
             [
                 f"{self.blocks:,} of {amount(self.of_blocks, 'block')} differ",
                 f"a: {a}",
                 f"b: {b}",
-                f"blocks (b, h, row, column): {shown}" + (f" and {more:,} more" if more else ""),
+                f"blocks (b, h, row, column): {blocks}" + (f" and {more:,} more" if more else ""),
                 f"at b={at.b}, h={at.h}, q_idx={at.q_idx}, kv_idx={at.kv_idx}: {keeps} keeps the "
                 f"pair and {drops} drops it",
             ]
@@ -161,7 +161,7 @@ def _exclusive_or(a: Mask | PerHead, b: Mask | PerHead) -> Mask | PerHead:
     if isinstance(a, Mask) and isinstance(b, Mask):
         return _differing(a, b)
     n = next(x.n_heads for x in (a, b) if isinstance(x, PerHead))
-    sides = [x if isinstance(x, PerHead) else PerHead((x,), (0,) * n) for x in (a, b)]
+    sides = [as_per_head(x, n) for x in (a, b)]
     if sides[0].n_heads != sides[1].n_heads:
         raise MaskError(
             f"diff: a has masks for {sides[0].n_heads} heads and b for {sides[1].n_heads}; give "
@@ -182,10 +182,10 @@ def _first_blocks(classes: BlockClasses, case: Case) -> Iterator[Block]:
     """The first blocks that are kept, row by row."""
     grid = classes.grid
     rectangles = Rectangles.joined([classes.partial, classes.full])
-    shown = 0
+    found = 0
     line = -1  # the row of blocks, counted through all planes, that was looked at last
     base = rectangles.plane * grid.rows
-    while shown < BLOCKS_SHOWN:
+    while found < BLOCKS_SHOWN:
         later = base + rectangles.row1 - 1 > line
         if not bool(later.any()):
             return
@@ -196,22 +196,17 @@ def _first_blocks(classes: BlockClasses, case: Case) -> Iterator[Block]:
         h = grid.heads[place] if "h" in case.mask.variables else (case.heads or (0,))[0]
         runs = torch.stack([rectangles.column0, rectangles.column1], 1)[here].tolist()
         for start, stop in sorted(runs):
-            for column in range(start, min(stop, start + BLOCKS_SHOWN - shown)):
+            for column in range(start, min(stop, start + BLOCKS_SHOWN - found)):
                 yield Block(b, h, row, column)
-                shown += 1
-            if shown == BLOCKS_SHOWN:
+                found += 1
+            if found == BLOCKS_SHOWN:
                 return
 
 
 def _pair(a: Mask | PerHead, block: Block, case: Case) -> Pair:
     """The first pair of a block on which the masks differ."""
-    grid = case.grid
-    q0, kv0 = block.row * grid.block_size[0], block.column * grid.block_size[1]
-    q = torch.arange(q0, min(q0 + grid.block_size[0], grid.q_len))[:, None] + grid.q_offset
-    kv = torch.arange(kv0, min(kv0 + grid.block_size[1], grid.kv_len))
-    of_block = {"b": torch.tensor(block.b), "h": torch.tensor(block.h)}
-    differ = kept_at(case.mask, {**of_block, "q_idx": q, "kv_idx": kv}).expand(len(q), len(kv))
-    row, column = differ.nonzero()[0].tolist()
+    q, kv = first_kept(case.mask, case.grid, *block)
     mine = a if isinstance(a, Mask) else a[block.h]
-    kept = kept_at(mine, {**of_block, "q_idx": q[row], "kv_idx": kv[column : column + 1]})
-    return Pair(block.b, block.h, int(q[row]), int(kv[column]), "a" if bool(kept) else "b")
+    place = {"b": block.b, "h": block.h, "q_idx": q, "kv_idx": kv}
+    kept = kept_at(mine, {name: torch.tensor([n]) for name, n in place.items()})
+    return Pair(block.b, block.h, q, kv, "a" if bool(kept) else "b")

@@ -11,7 +11,7 @@ import torch
 from flexsparse.default_device import cpu_by_default
 from flexsparse.errors import MaskError
 from flexsparse.expr import Mask
-from flexsparse.heads import PerHead, not_a_mask
+from flexsparse.heads import PerHead, refuse_other
 from flexsparse.tensors import TENSOR_READING, Table
 from flexsparse.text import formula, shorten, shown
 from flexsparse.tree import VARIABLES, Expr
@@ -67,14 +67,14 @@ class Explanation:
     def sentence(self) -> str:
         """Which terms keep or drop the pair, in one sentence."""
         sees = "sees" if self.kept else "does not see"
-        shown, more = self.because[:NAMES_SHOWN], len(self.because) - NAMES_SHOWN
-        names = [shorten(term.text, TEXT_WIDTH) for term in shown]
+        named, more = self.because[:NAMES_SHOWN], len(self.because) - NAMES_SHOWN
+        names = [shorten(term.text, TEXT_WIDTH) for term in named]
         if len({term.value for term in self.because}) == 1:
             names += [f"{more} more terms"] if more > 0 else []
             is_are = "is" if len(names) == 1 else "are"
-            reason = f"{_listed(names)} {is_are} {_word(shown[0].value)}"
+            reason = f"{_listed(names)} {is_are} {_word(named[0].value)}"
         else:
-            reasons = [f"{x} is {_word(t.value)}" for x, t in zip(names, shown, strict=True)]
+            reasons = [f"{x} is {_word(t.value)}" for x, t in zip(names, named, strict=True)]
             reason = _listed(reasons + ([f"{more} more terms"] if more > 0 else []))
         where = f"(h={self.h}, b={self.b})"
         return f"q_idx={self.q_idx} {sees} kv_idx={self.kv_idx} {where}, because {reason}."
@@ -119,9 +119,7 @@ def explain(mask: Mask | PerHead, q: int, kv: int, h: int = 0, b: int = 0) -> Ex
         if h >= mask.n_heads:
             raise MaskError(f"explain: h={h}, and the mask has the heads 0 to {mask.n_heads - 1}.")
         mask = mask[h]
-    reason = not_a_mask(mask)
-    if reason is not None:
-        raise MaskError(f"explain takes a Mask or per_head([...]), not {reason}")
+    refuse_other("explain", mask)
     values = _values(mask, {"b": b, "h": h, "q_idx": q, "kv_idx": kv})
     terms, because = _terms(mask, values)
     return Explanation(q, kv, h, b, bool(values[id(mask)]), tuple(because), tuple(terms))

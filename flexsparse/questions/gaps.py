@@ -115,8 +115,9 @@ def _look(mask: Mask, side: _Side, partial: Rectangles, open_lines: Tensor) -> T
 
     def undecided(line: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Tokens without a key yet, as (place in `line`, line, place in the block)."""
-        for start in range(0, len(line), max(1, ELEMENTS_AT_ONCE // side.block)):
-            chunk = line[start : start + max(1, ELEMENTS_AT_ONCE // side.block)]
+        at_once = max(1, ELEMENTS_AT_ONCE // side.block)
+        for start in range(0, len(line), at_once):
+            chunk = line[start : start + at_once]
             place, inside = (~used[chunk]).nonzero().T
             yield start + place, chunk[place], inside
 

@@ -113,17 +113,9 @@ def search(
     of_all = len(slots) * (-(-length // BLOCK)) ** 2
     budget = int(density * of_all)
     assign(costs.double(), costs, budget)  # refuses what nothing fits, before anything runs
-    current = _uniform(costs, budget)
-    if first:
-        current = torch.tensor([candidates.index(mask) for mask in first], device="cpu")
-        cost = int(costs.gather(1, current[:, None]).sum())
-        if cost > budget:
-            raise MaskError(
-                f"The plan to start from computes {cost:,} blocks, and the budget is {budget:,}. "
-                "Raise the density, or start from a plan with fewer blocks."
-            )
-
     if criterion == "divergence":
+        places = [candidates.index(mask) for mask in first]
+        current = _begun(places, costs, budget) if first else _uniform(costs, budget)
         measured = Measured(model, ids, slots, every)
         found, history = _refined(measured, candidates, costs, budget, current, rounds)
     else:
@@ -184,6 +176,18 @@ def _undominated(losses: Tensor, costs: Tensor) -> Tensor:
     cheaper = costs[:, None, :] < costs[:, :, None]
     better = losses[:, None, :] < losses[:, :, None]
     return ~(cheaper & better).any(2)
+
+
+def _begun(places: Sequence[int], costs: Tensor, budget: int) -> Tensor:
+    """int64[slots]: the candidates of the plan to start from, if it is within the budget."""
+    current = torch.tensor(places, device="cpu")
+    cost = int(costs.gather(1, current[:, None]).sum())
+    if cost > budget:
+        raise MaskError(
+            f"The plan to start from computes {cost:,} blocks, and the budget is {budget:,}. "
+            "Raise the density, or start from a plan with fewer blocks."
+        )
+    return current
 
 
 def _uniform(costs: Tensor, budget: int) -> Tensor:

@@ -24,8 +24,8 @@ def _same(call: Call) -> Array:
     return _moved(call, lambda places: places)
 
 
-def _dim(call: Call, name: str = "dim", extra: int = 0) -> int:
-    dim: int = call.values[name]
+def _dim(call: Call, extra: int = 0) -> int:
+    dim: int = call.values["dim"]
     return dim % (len(call.values["self"].shape) + extra) if dim < 0 else dim
 
 

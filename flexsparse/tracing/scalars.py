@@ -43,7 +43,7 @@ class Scalars:
         self._bounds: dict[int, tuple[Any, Any]] = {}
         self._tables: dict[int, tuple[Any, Any]] = {}
         # what reads only b, h and constants may be decided here, for every length
-        self._decidable: set[int] = set()
+        self._decidable = {id(b), id(h)}
         for variable in (b, h, q_idx, kv_idx):
             self._nodes[variable.op] = variable
             least = -POSITIONS[0] if variable is q_idx else 0
@@ -51,7 +51,6 @@ class Scalars:
                 Interval(least, POSITIONS[0] - 1),
                 Interval(0, POSITIONS[1] - 1),
             )
-        self._decidable = {id(b), id(h)}
 
     def variable(self, name: str) -> Any:
         """The node of b, h, q_idx or kv_idx."""

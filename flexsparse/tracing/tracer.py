@@ -66,7 +66,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 f"It draws random numbers (aten.{name}), so that no two readings of it agree. Draw "
                 "them once, outside, and read the tensor with table[index]."
             )
-        tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        tensors = _tensors_in((args, kwargs))
         followed = [x for x in tensors if id(x) in self.arrays]
         if func._schema.is_mutable:
             return self._in_place(func, name, args, kwargs, bool(followed))
@@ -99,13 +99,15 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _for_real(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
         """Run an operator that no index has a part in, and watch what it read."""
         out = func(*args, **kwargs)
-        read = tuple(table for x in tensors if (table := self._watched(x)) is not None)
-        for x in pytree.tree_leaves(out):
-            if isinstance(x, Tensor):
-                self.made_here[id(x)] = x
-                if read:
-                    self.tables[id(x)] = (x, Table(x.detach(), read))
+        read = self._tables_of(tensors)
+        for x in _tensors_in(out):
+            self.made_here[id(x)] = x
+            if read:
+                self.tables[id(x)] = (x, Table(x.detach(), read))
         return out
+
+    def _tables_of(self, tensors: list[Tensor]) -> tuple[Table, ...]:
+        return tuple(table for x in tensors if (table := self._watched(x)) is not None)
 
     def _watched(self, tensor: Tensor) -> Table | None:
         """A captured tensor, or one computed from captured ones, as a table; None for others."""
@@ -137,8 +139,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             )
         if not followed:
             out = func(*args, **kwargs)
-            leaves = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-            read = tuple(table for x in leaves if (table := self._watched(x)) is not None)
+            read = self._tables_of(_tensors_in((args, kwargs)))
             if read:
                 # detached, as results are: the next write would make a change of this one
                 self.tables[id(target)] = (target, Table(target.detach(), read))
@@ -234,6 +235,10 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         mask = array.at(())
         assert isinstance(mask, Mask)
         return mask
+
+
+def _tensors_in(tree: Any) -> list[Tensor]:
+    return [x for x in pytree.tree_leaves(tree) if isinstance(x, Tensor)]
 
 
 def _by_name(func: Any, args: Any, kwargs: Any) -> dict[str, Any]:

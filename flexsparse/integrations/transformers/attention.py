@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from flexsparse.errors import ExecutorError
 from flexsparse.expr import everything
-from flexsparse.heads import PerHead
+from flexsparse.heads import PerHead, as_per_head
 from flexsparse.integrations.transformers.masks import BlocksMask, ModelMask, RowMask
 from flexsparse.integrations.transformers.rows import EVERYTHING, attend_row
 from flexsparse.plan import Head, masks_at
@@ -112,7 +112,7 @@ def _masks(layer: Any, query: Tensor, mask: ModelMask | None) -> PerHead:
     """What a plan gives the heads of a layer; without one, everything the model lets them see."""
     n_heads = query.shape[1]
     if layer is None or mask is None:
-        return PerHead((everything,), (0,) * n_heads)
+        return as_per_head(everything, n_heads)
     masks = layer if isinstance(layer, PerHead) else _masks_at(layer, mask.n_keys)
     if masks.n_heads != n_heads:
         raise ExecutorError(
