@@ -167,11 +167,11 @@ def _run(
     options: dict[str, Any] = {"scale": scale, "score_mod": score_mod, "dropout": dropout}
     if name == "reference":
         return reference.run(q, k, v, launch.mask_mod(heads), **options)
-    lists = launch.block_mask(heads)
+    block_mask, _, hints = launch.lists(heads)
     if name == "flex":
-        options["kernel_options"] = launch.kernel_options(heads)
-        return flex.run(q, k, v, lists, return_lse=return_lse, **options)
-    return blockwise.run(q, k, v, lists, return_lse=return_lse, **options)
+        options["kernel_options"] = hints
+        return flex.run(q, k, v, block_mask, return_lse=return_lse, **options)
+    return blockwise.run(q, k, v, block_mask, return_lse=return_lse, **options)
 
 
 def _choose(

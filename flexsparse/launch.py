@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,6 +38,19 @@ def refuse_unknown(executor: str | None) -> None:
         raise ExecutorError(f"There is no executor {executor!r}; there are {', '.join(EXECUTORS)}.")
 
 
+class Lists(NamedTuple):
+    """What kernels read of a launch.
+
+    block_mask: the lists of its blocks
+    lowering: the code of the block_mask's mask_mod, at any position
+    hints: what is proved of the lists, for torch's Triton kernels
+    """
+
+    block_mask: CompactBlockMask
+    lowering: Lowering
+    hints: dict[str, bool]
+
+
 @dataclass(frozen=True, eq=False)
 class Launch:
     """What one executor runs.
@@ -61,9 +74,8 @@ class Launch:
     streams: tuple[tuple[int, int], ...] | None = None
     band: flash.Band | None = None
     tokens: PackedTokens | None = None
-    _block_masks: dict[tuple[int, ...], CompactBlockMask] = field(default_factory=dict, init=False)
-    _lowerings: dict[tuple[int, ...], Lowering] = field(default_factory=dict, init=False)
-    _hints: dict[tuple[int, ...], dict[str, bool]] = field(default_factory=dict, init=False)
+    # of some of the heads; of () where all heads share their blocks
+    _lists: dict[tuple[int, ...], Lists] = field(default_factory=dict, init=False)
     _numbers: dict[tuple[int, ...], tuple[Tensor, Tensor]] = field(default_factory=dict, init=False)
 
     @functools.cached_property
@@ -183,28 +195,28 @@ class Launch:
             streams=self.streams if self.tokens is None else None,
             tokens=None,
         )
-        launch._hints.update(self._hints)
         launch._numbers.update(self._numbers)
-        for heads, lists in self._block_masks.items():
-            mask_mod = self._lowerings[heads].at(its_grid.q_offset)
-            launch._block_masks[heads] = lists.row(row, its_grid, mask_mod)
+        for heads, lists in self._lists.items():
+            mask_mod = lists.lowering.at(its_grid.q_offset)
+            of_row = lists.block_mask.row(row, its_grid, mask_mod)
+            launch._lists[heads] = lists._replace(block_mask=of_row)
         launch.prepare()
         return launch
 
     def is_prepared(self, heads: Sequence[int]) -> bool:
         """Whether the lists of these heads are written."""
-        return not self.has_planes or tuple(heads) in self._block_masks
+        return not self.has_planes or tuple(heads) in self._lists
 
     def block_mask(self, heads: Sequence[int]) -> BlockMask:
+        """The blocks of some of its heads."""
+        return self.lists(heads).block_mask
+
+    def lists(self, heads: Sequence[int]) -> Lists:
         """The lists of some of its heads in the layout the device's kernels read, written once."""
         key = tuple(heads) if self.has_planes else ()
-        if key not in self._block_masks:
-            self._block_masks[key] = self._write_block_mask(key)
-        return self._block_masks[key]
-
-    def kernel_options(self, heads: Sequence[int]) -> dict[str, bool]:
-        """The hints that are proved of `block_mask(heads)`, for torch's Triton kernels."""
-        return self._hints.get(tuple(heads) if self.has_planes else (), {})
+        if key not in self._lists:
+            self._lists[key] = self._write_lists(key)
+        return self._lists[key]
 
     def mask_mod(self, heads: Sequence[int]) -> MaskMod:
         """The whole mask, exact for every element, of some of its heads counted from 0."""
@@ -237,22 +249,23 @@ class Launch:
         return gather.keys_seen(self.mask, self.grid, self.block_mask(self.heads))
 
     @cpu_by_default()
-    def _write_block_mask(self, heads: tuple[int, ...]) -> CompactBlockMask:
+    def _write_lists(self, heads: tuple[int, ...]) -> Lists:
         classes = self.classes
         if heads and heads != classes.grid.heads:
             classes = classes.of_heads(heads)
         grid = classes.grid
-        lowered = self._lowerings[heads] = self._lowering(needed(self.mask, classes), grid.heads)
+        lowered = self._lowering(needed(self.mask, classes), grid.heads)
         # On CPU torch wants lists as wide as the grid, and has no backward that would read q lists.
         # Overlapping views are that wide and take no memory, but each width costs a kernel: they
         # are for grids whose lists would be large.
         on_cpu = self.device.type == "cpu"
         compact = not on_cpu or grid.planes * grid.rows * grid.columns > LARGE_GRID
         kept = write_kept_blocks(classes, self.device, compact=compact, q_lists=not on_cpu)
-        # they are read off the lists, and on meta there are no numbers to read
-        if not on_cpu and self.device.type != "meta":
-            self._hints[heads] = kernel_options(self.mask, classes, kept)
-        return block_mask(grid, kept, lowered.at(grid.q_offset), widen=on_cpu)
+        mask = block_mask(grid, kept, lowered.at(grid.q_offset), widen=on_cpu)
+        # hints are read off the lists, and on meta there are no numbers to read
+        has_hints = not on_cpu and self.device.type != "meta"
+        hints = kernel_options(self.mask, classes, kept) if has_hints else {}
+        return Lists(mask, lowered, hints)
 
     def _lowering(self, mask: Mask, heads: tuple[int, ...]) -> Lowering:
         # a kernel counts its heads from 0

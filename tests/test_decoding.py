@@ -101,12 +101,12 @@ def test_a_launch_of_a_row_has_its_lists_ready():
         for launch in row.launches:
             if launch.usual_executor == "sdpa":
                 continue
-            ((heads, lists),) = launch._block_masks.items()
+            ((heads, (found, *_)),) = launch._lists.items()
             of_heads = launch.classes.of_heads(heads) if heads else launch.classes
             kept = write_kept_blocks(of_heads, CPU, q_lists=False)
-            exact = block_mask(of_heads.grid, kept, lists.mask_mod)
-            assert torch.equal(lists.to_dense(), exact.to_dense())
-            assert torch.equal(lists.full_kv_num_blocks, exact.full_kv_num_blocks)
+            exact = block_mask(of_heads.grid, kept, found.mask_mod)
+            assert torch.equal(found.to_dense(), exact.to_dense())
+            assert torch.equal(found.full_kv_num_blocks, exact.full_kv_num_blocks)
         one = q[:, :, position : position + 1]
         exact = row(one, k, v, executor="reference")
         torch.testing.assert_close(row(one, k, v, executor="blockwise"), exact)
