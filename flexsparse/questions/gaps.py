@@ -8,7 +8,7 @@ element, until every row has its key.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -83,7 +83,11 @@ def _gaps(mask: Mask, classes: BlockClasses, side: _Side) -> list[Ranges]:
     has_full = _covered(full, side)
     looked_at = _covered(partial, side) & ~has_full
     open_lines = looked_at.flatten().nonzero().flatten()
-    used = _look(mask, side, partial, open_lines)
+    search = _Search(mask, side, open_lines)
+    search.bound_own_places()
+    search.look_at_own_places()
+    search.look_in_blocks(partial)
+    used = search.used
 
     unused = ~(has_full | looked_at)
     gaps_in = unused.any(1)
@@ -103,101 +107,110 @@ def _covered(rectangles: Rectangles, side: _Side) -> Tensor:
     return edges.cumsum(1)[:, :-1] > 0
 
 
-def _look(mask: Mask, side: _Side, partial: Rectangles, open_lines: Tensor) -> Tensor:
-    """Whether each token of each open line is in a pair that is kept: bool [open lines, block]."""
-    tokens = (open_lines % side.lines)[:, None] * side.block + torch.arange(side.block)
-    used = tokens >= side.length  # past a ragged end there is nothing to look for
-    flat = used.view(-1)
-    plane = open_lines // side.lines
-    reading = interval_reading(mask, side.grid)
-    every = torch.arange(side.across_block)
-    few = every[:: max(1, side.across_block // WITNESSES)]
+class _Search:
+    """Tokens of open lines and whether each is in a pair that is kept, found from cheap to dear.
 
-    def undecided(line: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Tokens without a key yet, as (place in `line`, line, place in the block)."""
-        at_once = max(1, ELEMENTS_AT_ONCE // side.block)
+    open_lines: [open lines], their numbers among those of all planes
+    tokens: [open lines, block], row numbers of q, or of keys
+    used: bool [open lines, block], whether such a pair was found
+    """
+
+    def __init__(self, mask: Mask, side: _Side, open_lines: Tensor) -> None:
+        self.mask, self.side, self.open_lines = mask, side, open_lines
+        self.plane = open_lines // side.lines
+        self.tokens = (open_lines % side.lines)[:, None] * side.block + torch.arange(side.block)
+        self.used = self.tokens >= side.length  # past a ragged end there is nothing to look for
+        self._reading = interval_reading(mask, side.grid)
+
+    def bound_own_places(self) -> None:
+        """Most masks let many queries in a row see the key at the position of the first of them."""
+        side = self.side
+        for size in (side.block, -(-side.block // GROUPS)):
+            firsts = torch.arange(0, side.block, size)
+            line = self._open().repeat_interleave(len(firsts))
+            first = firsts.repeat(len(line) // len(firsts))
+            token = self.tokens[line, first].clamp(max=side.length - 1)
+            last = (token + size - 1).clamp(max=side.length - 1)
+            across = self._own_place(last if side.is_key else token)
+            always, _ = self._bounds(line, (token, last), (across, across))
+            inside = first[always][:, None] + torch.arange(size)
+            self.used[line[always][:, None], inside.clamp(max=side.block - 1)] = True
+
+    def look_at_own_places(self) -> None:
+        """And each query the key at its own."""
+        for _, line, inside in self._undecided(self._open()):
+            self._settle(line, inside, self._own_place(self.tokens[line, inside])[:, None])
+
+    def look_in_blocks(self, partial: Rectangles) -> None:
+        """In 1 PARTIAL block of each line, then 2, then 4, so that lines settled early cost little.
+
+        A token is bounded against a block, looked at in few places of it, and then in all.
+        """
+        side = self.side
+        every = torch.arange(side.across_block)
+        few = every[:: max(1, side.across_block // WITNESSES)]
+        lines, column, turn = _blocks_of(partial, self.open_lines[self._open()], side)
+        line = torch.searchsorted(self.open_lines, lines)
+        for now in sorted(set(turn.tolist())):
+            chosen = (turn == now).nonzero().flatten()
+            for place, own_line, inside in self._undecided(line[chosen]):
+                start = column[chosen][place] * side.across_block
+                end = (start + side.across_block - 1).clamp(max=side.across_length - 1)
+                token = self.tokens[own_line, inside]
+                always, ever = self._bounds(own_line, (token, token), (start, end))
+                self.used[own_line[always], inside[always]] = True
+                for steps in (few, every):
+                    open_pairs = (ever & ~always).nonzero().flatten()
+                    for some in torch.split(open_pairs, max(1, ELEMENTS_AT_ONCE // len(steps))):
+                        still = some[~self.used[own_line[some], inside[some]]]
+                        across = (start[still][:, None] + steps).clamp(max=side.across_length - 1)
+                        self._settle(own_line[still], inside[still], across)
+
+    def _open(self) -> Tensor:
+        """The open lines, by their place among them, that still have tokens without a pair."""
+        return (~self.used.all(1)).nonzero().flatten()
+
+    def _undecided(self, line: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Tokens without a pair yet, as (place in `line`, line, place in the block)."""
+        at_once = max(1, ELEMENTS_AT_ONCE // self.side.block)
         for start in range(0, len(line), at_once):
             chunk = line[start : start + at_once]
-            place, inside = (~used[chunk]).nonzero().T
+            place, inside = (~self.used[chunk]).nonzero().T
             yield start + place, chunk[place], inside
 
-    def settle(line: Tensor, inside: Tensor, across: Tensor) -> None:
-        kept = _keeps_any(mask, side, plane[line], tokens[line, inside], across)
-        flat[(line * side.block + inside)[kept]] = True
-
-    def own(token: Tensor) -> Tensor:
+    def _own_place(self, token: Tensor) -> Tensor:
+        """The number across of what has the position of a token, or is nearest to it."""
+        side = self.side
         return (token + side.offset - side.across_offset).clamp(0, side.across_length - 1)
 
-    # most masks let many queries in a row see the key at the position of the first of them
-    for size in (side.block, -(-side.block // GROUPS)):
-        line = (~used.all(1)).nonzero().flatten().repeat_interleave(-(-side.block // size))
-        first = torch.arange(0, side.block, size).repeat(len(line) * size // side.block + 1)
-        first = first[: len(line)]
-        token = tokens[line, first].clamp(max=side.length - 1)
-        last = (token + size - 1).clamp(max=side.length - 1)
-        across = own(last if side.is_key else token)
-        always, _ = _bounds(mask, reading, side, plane[line], (token, last), (across, across))
-        inside = first[always][:, None] + torch.arange(size)
-        used[line[always][:, None], inside.clamp(max=side.block - 1)] = True
-    # and each query the key at its own
-    for _, line, inside in undecided(torch.arange(len(open_lines))):
-        settle(line, inside, own(tokens[line, inside])[:, None])
-
-    line, column, place = _blocks_of(partial, open_lines[~used.all(1)], open_lines, side)
-    # 1 block of each line, then 2, then 4, so that lines settled early cost little
-    turn = (place + 1).log2().long()
-    for now in sorted(set(turn.tolist())):
-        chosen = (turn == now).nonzero().flatten()
-        for where, own_line, inside in undecided(line[chosen]):
-            start = column[chosen][where] * side.across_block
-            end = (start + side.across_block - 1).clamp(max=side.across_length - 1)
-            token = tokens[own_line, inside]
-            always, ever = _bounds(
-                mask, reading, side, plane[own_line], (token, token), (start, end)
-            )
-            flat[(own_line * side.block + inside)[always]] = True
-            for steps in (few, every):
-                open_pairs = (ever & ~always).nonzero().flatten()
-                for some in torch.split(open_pairs, max(1, ELEMENTS_AT_ONCE // len(steps))):
-                    still = some[~used[own_line[some], inside[some]]]
-                    across = (start[still][:, None] + steps).clamp(max=side.across_length - 1)
-                    settle(own_line[still], inside[still], across)
-    return used
-
-
-def _bounds(
-    mask: Mask,
-    reading: dict[str, Any],
-    side: _Side,
-    plane: Tensor,
-    tokens: tuple[Tensor, Tensor],
-    across: tuple[Tensor, Tensor],
-) -> tuple[Tensor, Tensor]:
-    """Whether all pairs of tokens first to last with those across are kept, and whether any is."""
-    found = [torch.zeros(2, 0, dtype=torch.bool)]
-    for part in torch.split(torch.arange(len(plane)), CELLS_AT_ONCE) if len(plane) else ():
-        mine = Interval(*(x[part] + side.offset for x in tokens))
-        other = Interval(*(x[part] + side.across_offset for x in across))
+    def _settle(self, line: Tensor, inside: Tensor, across: Tensor) -> None:
+        """Look at pairs of tokens [n] with those across from them [n, m]."""
+        side = self.side
+        mine, other = self.tokens[line, inside][:, None] + side.offset, across + side.across_offset
         q, kv = (other, mine) if side.is_key else (mine, other)
-        truth = bound_places(mask, reading, side.grid, plane[part], q, kv)
-        found.append(torch.stack(truth))
-    always, ever = torch.cat(found, 1)
-    return always, ever
+        b, h = batch_and_head(side.grid, self.plane[line][:, None])
+        kept = kept_at(self.mask, {"b": b, "h": h, "q_idx": q, "kv_idx": kv})
+        found = kept.expand(across.shape).any(1)
+        self.used[line[found], inside[found]] = True
+
+    def _bounds(
+        self, line: Tensor, tokens: tuple[Tensor, Tensor], across: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Whether all pairs of tokens first to last with those across are kept, and whether any."""
+        side, plane = self.side, self.plane[line]
+        found = [torch.zeros(2, 0, dtype=torch.bool)]
+        for part in torch.split(torch.arange(len(plane)), CELLS_AT_ONCE) if len(plane) else ():
+            mine = Interval(*(x[part] + side.offset for x in tokens))
+            other = Interval(*(x[part] + side.across_offset for x in across))
+            q, kv = (other, mine) if side.is_key else (mine, other)
+            truth = bound_places(self.mask, self._reading, side.grid, plane[part], q, kv)
+            found.append(torch.stack(truth))
+        always, ever = torch.cat(found, 1)
+        return always, ever
 
 
-def _keeps_any(mask: Mask, side: _Side, plane: Tensor, token: Tensor, across: Tensor) -> Tensor:
-    """Whether any pair of a token [n] with those across from it [n, m] is kept: bool [n]."""
-    mine, other = token[:, None] + side.offset, across + side.across_offset
-    q, kv = (other, mine) if side.is_key else (mine, other)
-    b, h = batch_and_head(side.grid, plane[:, None])
-    kept = kept_at(mask, {"b": b, "h": h, "q_idx": q, "kv_idx": kv})
-    return kept.expand(across.shape).any(1)
-
-
-def _blocks_of(
-    rectangles: Rectangles, lines: Tensor, open_lines: Tensor, side: _Side
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The blocks of some lines: (place of the line among the open ones, column, place in line)."""
+def _blocks_of(rectangles: Rectangles, lines: Tensor, side: _Side) -> tuple[Tensor, Tensor, Tensor]:
+    """The blocks of some lines: (line, column, turn), of which the first is in turn 0."""
     wanted = torch.zeros(side.grid.planes * side.lines, dtype=torch.bool)
     wanted[lines] = True
     rows = rectangles.rows()
@@ -206,7 +219,8 @@ def _blocks_of(
     order = torch.argsort(line * (int(column.max()) + 1 if len(column) else 1) + column)
     line, column = line[order], column[order]
     first = torch.searchsorted(line, line)
-    return torch.searchsorted(open_lines, line), column, torch.arange(len(line)) - first
+    place = torch.arange(len(line)) - first
+    return line, column, (place + 1).log2().long()
 
 
 def _ranges(unused: Tensor, open_lines: Tensor, used: Tensor, side: _Side) -> Ranges:
