@@ -37,7 +37,7 @@ def check_position(name: str, position: Any, what: str, *, optional: bool = Fals
 
 def check_values() -> None:
     """Refuse to look at a mask where tensors have no values."""
-    fake = torch._C._TorchDispatchModeKey.FAKE  # type: ignore[attr-defined]
+    fake = torch._C._TorchDispatchModeKey.FAKE
     if torch._C._get_dispatch_mode(fake) is not None:
         raise MaskError(
             "FakeTensorMode is on, in which tensors have no values, and blocks are found by "

@@ -28,9 +28,12 @@ from flexsparse.expr import Mask
 from flexsparse.lower import Lowering, lowering
 from flexsparse.packed.packing import PackedTokens
 from flexsparse.tensors import MaskMod, Opaque, ScoreMod
+from flexsparse.walks import written_out
 
+# measured: a kernel takes a minute to compile at about as many, and Inductor recurses
+MOST_WRITTEN_OUT, DEEPEST = 2_048, 512  # operators of a mask
 LARGE_GRID = 1 << 22  # blocks; lists of 16 MB
-MODES = torch._C._TorchDispatchModeKey  # type: ignore[attr-defined]
+MODES = torch._C._TorchDispatchModeKey
 EXECUTORS = ("sdpa", "flash", "streaming", "gather", "flex", "blockwise", "reference")
 
 
@@ -153,6 +156,13 @@ class Launch:
 
     def _not_elementwise(self) -> str | None:
         """Why kernels cannot compile the mask, or None if they can."""
+        size, depth = written_out(self.mask)
+        if size > MOST_WRITTEN_OUT or depth > DEEPEST:
+            return (
+                "kernels compute a term anew wherever it is used, and of a mask of more than "
+                f"{MOST_WRITTEN_OUT:,} operators, or {DEEPEST} in a row, none is compiled in "
+                "minutes; read a table (fs.lookup) in place of many terms"
+            )
         for operator in (x.payload for x in self.mask.steps if isinstance(x.payload, Opaque)):
             if not operator.is_elementwise:
                 return f"kernels compute one element at a time, and {operator.name} does not"
@@ -265,9 +275,9 @@ def _transformed(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     """Why kernels would lose what torch makes of an input or a call, as a sentence, or None."""
     if torch.compiler.is_compiling():
         return None
-    if torch.jit.is_tracing():
+    if torch._C._get_tracing_state() is not None:
         return "torch.jit.trace records torch's operators alone; torch.export takes kernels"
-    if torch._C._len_torch_dispatch_stack():  # type: ignore[attr-defined]
+    if torch._C._len_torch_dispatch_stack():
         for mode, its_name in ((MODES.FAKE, "FakeTensorMode"), (MODES.PROXY, "make_fx")):
             if torch._C._get_dispatch_mode(mode) is not None:
                 return f"{its_name} is on, which hides the numbers in lists of blocks"

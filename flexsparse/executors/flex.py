@@ -47,7 +47,7 @@ def unsupported(
     return_lse: bool = False,
 ) -> str | None:
     """Why flex_attention cannot run these inputs, as a sentence, or None if it can."""
-    if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack():  # type: ignore[attr-defined]
+    if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack():
         return "a TorchDispatchMode is on, which turns torch.compile off"
     if q.is_cpu:
         if _MISSING_ON_CPU is not None:
