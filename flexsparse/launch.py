@@ -282,7 +282,7 @@ def _transformed(q: Tensor, k: Tensor, v: Tensor) -> str | None:
             if torch._C._get_dispatch_mode(mode) is not None:
                 return f"{its_name} is on, which hides the numbers in lists of blocks"
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if type(x) is not Tensor and type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        if has_own_operators(x):
             return (
                 f"{name} is a {type(x).__name__}, and kernels take plain tensors, such as "
                 "to_local() gives of a DTensor"
@@ -307,6 +307,11 @@ def _transformed(q: Tensor, k: Tensor, v: Tensor) -> str | None:
             if forward_ad.unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]
                 return carries
     return None
+
+
+def has_own_operators(x: Tensor) -> bool:
+    """Whether it is of a class, such as DTensor, that says itself what operators do with it."""
+    return type(x) is not Tensor and type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
 def _levels(x: Tensor) -> Iterator[int]:
