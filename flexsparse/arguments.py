@@ -35,10 +35,21 @@ def check_position(name: str, position: Any, what: str, *, optional: bool = Fals
         raise MaskError(f"{name}={position}; positions must be within 2**61.")
 
 
+def check_values() -> None:
+    """Refuse to look at a mask where tensors have no values."""
+    fake = torch._C._TorchDispatchModeKey.FAKE
+    if torch._C._get_dispatch_mode(fake) is not None:
+        raise MaskError(
+            "FakeTensorMode is on, in which tensors have no values, and blocks are found by "
+            "values. Compile the mask outside of it, or before torch.export."
+        )
+
+
 def check_grid(
     where: str, q_len: Any, kv_len: Any, batch: Any, n_heads: Any, q_offset: Any
 ) -> None:
     """Refuse what is no place to look at a mask; errors begin with `where`."""
+    check_values()
     check_size(f"{where}q_len", q_len, INT32_MAX)
     check_size(f"{where}kv_len", kv_len, INT32_MAX)
     check_size(f"{where}batch", batch, INT32_MAX, optional=True)

@@ -15,7 +15,14 @@ from flexsparse.analysis.cells import Grid
 from flexsparse.analysis.classify import BlockClasses, classify
 from flexsparse.analysis.rectangles import Rectangles
 from flexsparse.analysis.validate import needs_int64, problem
-from flexsparse.arguments import INT32_MAX, MOST_HEADS, block_sizes, check_size, usable_device
+from flexsparse.arguments import (
+    INT32_MAX,
+    MOST_HEADS,
+    block_sizes,
+    check_size,
+    check_values,
+    usable_device,
+)
 from flexsparse.blocks import block_mask, write_kept_blocks
 from flexsparse.default_device import cpu_by_default
 from flexsparse.errors import MaskError
@@ -66,6 +73,7 @@ def create_block_mask(
         newer: other arguments of the installed torch, at their default.
     """
     _known_by_torch(newer, compute_dq_write_order)
+    check_values()
     check_size("B", B, INT32_MAX, optional=True)
     check_size("H", H, MOST_HEADS, optional=True)
     check_size("Q_LEN", Q_LEN, INT32_MAX)

@@ -151,6 +151,11 @@ def refuse_bad_dropout(dropout_p: float) -> None:
 
 def fresh_seed() -> int:
     """A seed drawn from torch's default generator, so that torch.manual_seed decides it."""
+    if torch.compiler.is_exporting():
+        raise MaskError(
+            "torch.export records no number that is drawn while it runs. Give dropout_seed, an int "
+            "or a tensor."
+        )
     return int(torch.randint(1 << 62, (), device="cpu").item())
 
 

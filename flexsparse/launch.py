@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C import _functorch as functorch
 from torch.autograd import forward_ad
 from torch.nn.attention.flex_attention import BlockMask
 
@@ -27,8 +28,12 @@ from flexsparse.expr import Mask
 from flexsparse.lower import Lowering, lowering
 from flexsparse.packed.packing import PackedTokens
 from flexsparse.tensors import MaskMod, Opaque, ScoreMod
+from flexsparse.walks import written_out
 
+# measured: a kernel takes a minute to compile at about as many, and Inductor recurses
+MOST_WRITTEN_OUT, DEEPEST = 2_048, 512  # operators of a mask
 LARGE_GRID = 1 << 22  # blocks; lists of 16 MB
+MODES = torch._C._TorchDispatchModeKey
 EXECUTORS = ("sdpa", "flash", "streaming", "gather", "flex", "blockwise", "reference")
 
 
@@ -164,6 +169,13 @@ class Launch:
 
     def _not_elementwise(self) -> str | None:
         """Why kernels cannot compile the mask, or None if they can."""
+        size, depth = written_out(self.mask)
+        if size > MOST_WRITTEN_OUT or depth > DEEPEST:
+            return (
+                "kernels compute a term anew wherever it is used, and of a mask of more than "
+                f"{MOST_WRITTEN_OUT:,} operators, or {DEEPEST} in a row, none is compiled in "
+                "minutes; read a table (fs.lookup) in place of many terms"
+            )
         for operator in (x.payload for x in self.mask.steps if isinstance(x.payload, Opaque)):
             if not operator.is_elementwise:
                 return f"kernels compute one element at a time, and {operator.name} does not"
@@ -275,15 +287,50 @@ class Launch:
 
 
 def _transformed(q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    """Why kernels would lose what torch.func makes of an input, as a sentence, or None."""
+    """Why kernels would lose what torch makes of an input or a call, as a sentence, or None."""
     if torch.compiler.is_compiling():
         return None
-    is_mapped = torch._C._functorch.is_batchedtensor
-    if is_mapped(q) or is_mapped(k) or is_mapped(v):
-        return "torch.func.vmap is mapped over it, and a batch is the first dimension of q, k and v"
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit.trace records torch's operators alone; torch.export takes kernels"
+    if torch._C._len_torch_dispatch_stack():
+        for mode, its_name in ((MODES.FAKE, "FakeTensorMode"), (MODES.PROXY, "make_fx")):
+            if torch._C._get_dispatch_mode(mode) is not None:
+                return f"{its_name} is on, which hides the numbers in lists of blocks"
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if has_own_operators(x):
+            return (
+                f"{name} is a {type(x).__name__}, and kernels take plain tensors, such as "
+                "to_local() gives of a DTensor"
+            )
+    carries = "an input carries a tangent, and only dense attention passes it on"
+    # of torch.func, what is at work; each wraps tensors at a level of its own
+    for function in functorch.get_interpreter_stack() or ():
+        kind, level = function.key(), function.level()
+        if kind == functorch.TransformType.Functionalize:
+            return "torch.func.functionalize is at work, which takes no functions with gradients"
+        if any(level in _levels(x) for x in (q, k, v)):
+            if kind == functorch.TransformType.Vmap:
+                return (
+                    "torch.func.vmap is mapped over it, and a batch is the first dimension of q, "
+                    "k and v"
+                )
+            if kind == functorch.TransformType.Jvp:
+                return carries
     # the level is -1 where there are no tangents at all
     if forward_ad._current_level >= 0:
         for x in (q, k, v):
             if forward_ad.unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]
-                return "an input carries a tangent, and only dense attention passes it on"
+                return carries
     return None
+
+
+def has_own_operators(x: Tensor) -> bool:
+    """Whether it is of a class, such as DTensor, that says itself what operators do with it."""
+    return type(x) is not Tensor and type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__
+
+
+def _levels(x: Tensor) -> Iterator[int]:
+    """Where torch.func wrapped a tensor, from the innermost function outwards."""
+    while functorch.is_functorch_wrapped_tensor(x):
+        yield functorch.maybe_get_level(x)
+        x = functorch.get_unwrapped(x)

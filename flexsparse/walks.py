@@ -28,6 +28,16 @@ def postorder(root: Expr) -> Iterator[Expr]:
             stack.extend((arg, False) for arg in reversed(node.args))
 
 
+def written_out(root: Expr) -> tuple[int, int]:
+    """Nodes where each is counted at every use, and how many at most stand in a row."""
+    size: dict[int, int] = {}
+    depth: dict[int, int] = {}
+    for node in postorder(root):
+        size[id(node)] = 1 + sum(size[id(arg)] for arg in node.args)
+        depth[id(node)] = 1 + max((depth[id(arg)] for arg in node.args), default=0)
+    return size[id(root)], depth[id(root)]
+
+
 def rewritten(mask: Mask, change: Callable[[Expr, tuple[Expr, ...]], Expr]) -> Mask:
     """The mask with each node, operands first, replaced by change(node, its new operands)."""
     new: dict[int, Any] = {}

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from flexsparse import launch
+
 CUDA = torch.device("cuda:0")
 MOVES = (Tensor.to, Tensor.cpu, Tensor.cuda, Tensor.copy_)
 GETTERS = {Tensor.device: CUDA, Tensor.is_cuda: True, Tensor.is_cpu: False}
@@ -54,7 +56,8 @@ class _Mode(TorchFunctionMode):
 def pretend_cuda(*, by_default=False):
     """Have a device "cuda"; by_default also makes it the default, as torch.set_default_device."""
     default = torch.device("cuda") if by_default else contextlib.nullcontext()
-    with mock.patch.object(torch, "vmap", _vmap), _Mode(), default:
+    plain = mock.patch.object(launch, "has_own_operators", return_value=False)
+    with mock.patch.object(torch, "vmap", _vmap), plain, _Mode(), default:
         yield
 
 

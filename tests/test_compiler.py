@@ -80,6 +80,21 @@ def test_kernels_are_not_given_arithmetic_in_half_precision():
         attend(*qkv, executor="flex")
 
 
+def test_kernels_are_not_given_a_mask_that_they_would_write_out_without_end():
+    """Inductor computes a term anew at each use: 60 that each use the last twice, 2**60 times."""
+    doubling, deep = causal, causal
+    for i in range(60):
+        doubling = (doubling ^ (kv_idx < i)) & (doubling | (q_idx < i))
+    for _ in range(1601):
+        deep = ~deep
+    for mask in (doubling, deep):
+        attend, qkv = compile_mask(mask, 64, 64), inputs(64, 64)
+        assert attend.launches[0].usual_executor == "blockwise"
+        assert_as_good_as_dense(attend(*qkv), mask, *qkv)
+        with pytest.raises(ExecutorError, match=r"anew wherever it is used.*2,048 operators"):
+            attend(*qkv, executor="flex")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("q_len", "kv_len"), [(1, 1), (1, 700), (300, 1)])
 def test_lengths_of_one(q_len, kv_len):

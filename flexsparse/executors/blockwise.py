@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -34,7 +34,8 @@ Mod = Callable[..., Tensor]
 LARGEST_BLOCK = 1 << 24  # scores
 NO_GRAPH = (
     "flexsparse's blockwise executor, which on CPU has the gradients, dropout and the LSE, loops "
-    "over its block lists and runs between graphs: drop fullgraph=True"
+    "over its block lists and runs between graphs: drop fullgraph=True, or export under "
+    "torch.no_grad()"
 )
 HAS_GRADIENTS = "The blockwise executor, which on CPU has the gradients,"
 DENSE_DOES = 'executor="reference" does, and computes every pair of query and key.'
@@ -120,6 +121,11 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, block_size: tuple[int, int]) ->
             return f"{name} is not a plain strided tensor; pad it, or pack it and use varlen"
         if x.is_meta:
             return f"{name} has no data (device meta)"
+    if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
+        return (
+            "it loops over its block lists, which torch.export cannot record; what needs no "
+            "gradients, dropout or LSE runs on flex: export under torch.no_grad()"
+        )
     block_q, block_kv = block_size
     scores = min(block_q, q.shape[2]) * min(block_kv, k.shape[2])
     if scores > LARGEST_BLOCK:
@@ -215,6 +221,10 @@ class _Blockwise(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, *_: None) -> Any:
+        # is_grads_batched maps by an older vmap, which asks no function for a rule
+        for grad in (grad_out, grad_lse):
+            if grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad):
+                _refuse_batches()
         saved = ctx.saved_tensors  # torch refuses if any was written to, and to be asked twice
         gradients = _Gradients.apply(  # type: ignore[no-untyped-call]
             ctx.call, ctx.captured, grad_out, grad_lse, *saved
@@ -321,10 +331,14 @@ class _Gradients(torch.autograd.Function):
 
     @staticmethod
     def vmap(*_: Any) -> Any:
-        raise ExecutorError(
-            f"{HAS_GRADIENTS} takes one gradient of its output at a time, and not a batch of them "
-            f"as jacrev and is_grads_batched give. {DENSE_DOES}"
-        )
+        _refuse_batches()
+
+
+def _refuse_batches() -> NoReturn:
+    raise ExecutorError(
+        f"{HAS_GRADIENTS} takes one gradient of its output at a time, and not a batch of them "
+        f"as jacrev and is_grads_batched give. {DENSE_DOES}"
+    )
 
 
 def _blocks(x: Tensor, block: int, past_end: float = 0.0) -> Tensor:

@@ -47,6 +47,8 @@ def unsupported(
     return_lse: bool = False,
 ) -> str | None:
     """Why flex_attention cannot run these inputs, as a sentence, or None if it can."""
+    if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack():
+        return "a TorchDispatchMode is on, which turns torch.compile off"
     if q.is_cpu:
         if _MISSING_ON_CPU is not None:
             return _MISSING_ON_CPU
@@ -115,14 +117,21 @@ def run(
         q, k, v = q.detach(), k.detach(), v.detach()
     if torch.compiler.is_compiling():
         # A compiler above us is at work: hand it the plain operator. Inductor's CPU kernel ignores
-        # the storage offset of a view made inside the graph, and fails where it would fuse with
-        # what comes after it (torch 2.13): so it gets no views, and a copy seals its output.
+        # the storage offset of a view made inside the graph, fails with a view of fewer dimensions,
+        # as linear layers give, and where it would fuse with what comes after it (torch 2.13): so
+        # copies that no compiler looks into seal its inputs and its output.
         score_mod = score_mod and _scaled(score_mod, None, q.device)
         if not q.is_cpu:
             return attend(q, k, v, block_mask, score_mod, scale, return_lse, hints)
-        q, k, v = (x.clone(memory_format=torch.contiguous_format) for x in (q, k, v))
+        q, k, v = _sealed(q), _sealed(k), _sealed(v)
         out, lse = attend(q, k, v, block_mask, score_mod, scale, return_lse, hints)
         return _sealed(out), lse
+    if q.is_cpu:
+        # its C++ takes numbers of a stride of 0 for neighbours in memory (torch 2.13)
+        q, k, v = (
+            x if x.stride(3) == 1 and not x.is_neg() else x.contiguous().resolve_neg()
+            for x in (q, k, v)
+        )
     if scale is not None and scale == q.shape[3] ** -0.5:
         scale = None
     if score_mod is not None or scale is not None:
@@ -186,10 +195,10 @@ def _run_dropped(
 
 @torch.library.custom_op("flexsparse::sealed", mutates_args=())
 def _sealed(x: Tensor) -> Tensor:
-    """A copy that no compiler looks into."""
-    return x.clone()
+    """A contiguous copy that no compiler looks into."""
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 @_sealed.register_fake
 def _(x: Tensor) -> Tensor:
-    return torch.empty_like(x)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
