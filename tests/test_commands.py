@@ -110,6 +110,10 @@ def test_show_prints_the_report_the_picture_and_the_density(capsys):
 def test_show_takes_lengths_and_a_block_size(capsys):
     assert main(["show", "causal", "--len", "512", "--q-len", "100", "--block-size", "64"]) == 0
     assert "100 queries x 512 keys, blocks of 64 x 64" in capsys.readouterr().out
+    # rows of a draft are counted from its first token, and not from where they stand
+    draft = ["show", "dflash([1, 3], 4, 2)", "--len", "8", "--q-len", "4"]
+    assert main([*draft, "--q-offset", "0"]) == 0
+    assert "16 of 32 elements kept" in capsys.readouterr().out
 
 
 def test_show_draws_the_first_head_of_a_mask_that_reads_h(capsys):

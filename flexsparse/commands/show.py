@@ -38,6 +38,9 @@ def add_mask_arguments(parser: argparse.ArgumentParser) -> None:
         "--len", type=positive, required=True, help="keys, in tokens", dest="kv_len"
     )
     parser.add_argument("--q-len", type=positive, help="queries, in tokens (default: as many)")
+    parser.add_argument(
+        "--q-offset", type=int, help="position of the first query (default: the last is at the end)"
+    )
     parser.add_argument("--block-size", type=positive, default=128, help="tokens (default: 128)")
 
 
@@ -66,6 +69,7 @@ def compiled_from(
         args.kv_len,
         batch=args.batch if "b" in variables else None,
         n_heads=n_heads if "h" in variables or isinstance(mask, PerHead) else None,
+        q_offset=args.q_offset,
         device=device,
         block_size=args.block_size,
     )
