@@ -164,4 +164,4 @@ def _tracks(q_ranges: Tensor) -> tuple[Tensor, int]:
             )
     # of a power of two, some of them empty, so that few kernels serve any slices
     n_tracks = 1 << max(len(ends) - 1, 0).bit_length()
-    return torch.tensor(tracks, device=q_ranges.device), n_tracks
+    return torch.tensor(tracks, dtype=torch.int64, device=q_ranges.device), n_tracks

@@ -939,6 +939,8 @@ case(
     lambda q, k: q in (2, 3) and k in (1, 2),
     name="attention_slices, no types",
 )
+NO_SLICE = torch.empty(0, 2, dtype=torch.int32)
+case(attention_slices(NO_SLICE, NO_SLICE), lambda q, k: False, name="attention_slices, none")
 
 # systems that are expressions: each as docs/systems.md writes it
 case(
