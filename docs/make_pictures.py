@@ -23,8 +23,8 @@ from flexsparse.drawing.planes import Lengths, planes
 from flexsparse.drawing.words import percent
 from flexsparse.fidelity import Point, draw_perplexity
 from flexsparse.masks import (
-    a_shape,
     bigbird,
+    block_diffusion,
     causal,
     dilated,
     local_stride,
@@ -32,9 +32,9 @@ from flexsparse.masks import (
     neighborhood,
     packed,
     same_document,
+    shared_prefix,
     sink,
     sliding_tile,
-    sparse_transformer_fixed,
     sparse_transformer_strided,
     tri_shape,
     vertical_slash,
@@ -75,15 +75,15 @@ def patterns() -> dict[str, tuple[str, Mask]]:
             "sparse_transformer_strided(64)",
             sparse_transformer_strided(64),
         ),
-        "Sparse Transformer, fixed": (
-            "sparse_transformer_fixed(128, 16)",
-            sparse_transformer_fixed(128, 16),
-        ),
         "S2-Attention, one head": ("local_stride(4, 8, 16)", local_stride(4, 8, 16)),
-        "MInference: A-shape": ("a_shape(64, 192)", a_shape(64, 192)),
         "MInference: vertical-slash": ("vertical_slash(v, s)", vertical_slash(columns, slashes)),
         "Tri-shape": ("tri_shape(1024, 64, 160, 128)", tri_shape(TOKENS, 64, 160, 128)),
         "Packed documents": ("packed(cu_seqlens)", packed(ends)),
+        "Rollouts that branch": (
+            "shared_prefix(cu_seqlens, prefix_of)",
+            shared_prefix(ends, [0, 0, 1, 1, 0]),
+        ),
+        "Block diffusion": ("block_diffusion(512, 64)", block_diffusion(512, 64)),
         "NATTEN, 32 x 32 image": ("neighborhood((32, 32), 9)", neighborhood((32, 32), 9)),
         "Sliding Tile, 4 x 16 x 16 video": (
             "sliding_tile(...)",
