@@ -26,6 +26,7 @@ from flexsparse.masks.positions import (
     strided,
     window,
 )
+from flexsparse.masks.radial import radial_attention
 from flexsparse.masks.ranges import attention_slices, flashmask
 from flexsparse.masks.streaming import (
     a_shape,
@@ -65,7 +66,6 @@ from flexsparse.masks.video import (
     frame_causal,
     mminference_grid,
     multi_diagonal,
-    radial_attention,
     spatial_head,
     temporal_head,
     vertical_stripe,
