@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexsparse import Index, Mask, MaskError, b, h, lookup
+from flexsparse import Index, Mask, MaskError, b, h, lookup, q_idx
 
 MOST_HEADS = 1 << 16  # or layers: each is made by itself
 UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)  # of which torch can do next to nothing
@@ -127,6 +127,13 @@ def integers(name: str, argument: str, value: Any, shape: str) -> Tensor:
     tensor_of(name, argument, value, "integer", {1: shape})
     tensor: Tensor = value
     return tensor
+
+
+def row_number(name: str, q_offset: int) -> Index:
+    """The number of a query's row, where that of row 0 stands at position q_offset."""
+    if not is_int(q_offset):
+        raise MaskError(f"{name}(q_offset={q_offset!r}): q_offset must be an int.")
+    return q_idx - q_offset if q_offset else q_idx
 
 
 def number(table: Tensor, *indices: Index) -> Index:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flexsparse import Index, Mask, MaskError, b, h, kv_idx, minimum, nothing, pattern, q_idx
-from flexsparse.masks.arguments import at_least, booleans, is_int, number, tensor_of
+from flexsparse.masks.arguments import at_least, booleans, number, row_number, tensor_of
 
 NUMBERS = {True: (1, 2), False: (2, 4)}  # FlashMask's for each key, by whether it is causal
 SLICE_TYPES = "0 (full), 1 (causal), 2 (inverse causal) or 3 (both)"
@@ -49,7 +49,7 @@ def flashmask(
         )
     head = h // group_size if group_size > 1 and startend_row_indices.shape[1] > 1 else h
     numbers = [number(x, b, head, kv_idx) for x in startend_row_indices.unbind(-1)]
-    row = _row("flashmask", q_offset)
+    row = row_number("flashmask", q_offset)
     if causal:
         return (kv_idx <= q_idx) & _outside(row, *numbers)
     if n_numbers == 2:
@@ -100,17 +100,11 @@ def attention_slices(
         raise MaskError(f"{name} got a slice of type {int(unknown[0])}; it must be {SLICE_TYPES}.")
     starts, ends = _keys_of_rows(q_ranges.long(), k_ranges.long(), attn_type_map.long())
     # the last entry stands for all rows past the slices
-    row = minimum(_row(name, q_offset), starts.shape[1] - 1)
+    row = minimum(row_number(name, q_offset), starts.shape[1] - 1)
     seen = nothing
     for start, end in zip(starts, ends, strict=True):
         seen = seen | (kv_idx >= number(start, row)) & (kv_idx < number(end, row))
     return seen
-
-
-def _row(name: str, q_offset: int) -> Index:
-    if not is_int(q_offset):
-        raise MaskError(f"{name}(q_offset={q_offset!r}): q_offset must be an int.")
-    return q_idx - q_offset if q_offset else q_idx
 
 
 def _check_ranges(argument: str, ranges: Tensor) -> None:

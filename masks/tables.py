@@ -25,8 +25,8 @@ from flexsparse.masks.arguments import (
     at_least,
     booleans,
     flag,
-    is_int,
     number,
+    row_number,
     sizes,
     tensor_of,
 )
@@ -62,10 +62,7 @@ def block_sparse(table: Tensor, block_size: int | tuple[int, int] = 128, q_offse
             "[rows, columns], [heads, rows, columns] or [B, heads, rows, columns]."
         )
     q_block, kv_block = sizes("block_sparse", "block_size", block_size, 2)
-    if not is_int(q_offset):
-        raise MaskError(f"block_sparse(q_offset={q_offset!r}): q_offset must be an int.")
-    row = (q_idx - q_offset if q_offset else q_idx) // q_block
-    return flag(table, row, kv_idx // kv_block)
+    return flag(table, row_number("block_sparse", q_offset) // q_block, kv_idx // kv_block)
 
 
 @pattern
