@@ -23,13 +23,23 @@ class Progress:
         total: how many times `step` or `tick` will be called.
         what: what is going on, in more words, for a job that ticks.
         live: whether to redraw a line; by default where stderr is a terminal.
+        patience: seconds that the job may take without a word, for one that is mostly short.
     """
 
-    def __init__(self, job: str, total: int, what: str = "", *, live: bool | None = None) -> None:
+    def __init__(
+        self,
+        job: str,
+        total: int,
+        what: str = "",
+        *,
+        live: bool | None = None,
+        patience: float = 0.0,
+    ) -> None:
         self.job, self.total, self.done, self.what = job, total, 0, what
         self._started = self._step_started = time.perf_counter()
         self._stream = sys.stderr or io.StringIO()  # a program without a console has none
         self._live = self._stream.isatty() if live is None else live
+        self._patience = patience
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._refresh, daemon=True)
         self._begun = False
@@ -53,7 +63,7 @@ class Progress:
     def __enter__(self) -> Progress:
         if self._live:
             self._thread.start()
-        elif self.what:
+        elif self.what and not self._patience:
             print(f"{self.job}: {self.what}", file=self._stream, flush=True)
         return self
 
@@ -67,8 +77,8 @@ class Progress:
         if self._live:
             self._thread.join()
             self._stream.write("\r\033[K")
-        if kind is None:
-            taken = time.perf_counter() - self._started
+        taken = time.perf_counter() - self._started
+        if kind is None and taken >= self._patience:
             print(f"{self.job}: done in {taken:.0f} s", file=self._stream)
 
     def _refresh(self) -> None:
@@ -76,6 +86,8 @@ class Progress:
             self._draw()
 
     def _draw(self) -> None:
+        if time.perf_counter() - self._started < self._patience:
+            return
         filled = BAR * min(self.done, self.total) // max(self.total, 1)
         bar = "#" * filled + "-" * (BAR - filled)
         since = time.perf_counter() - self._step_started

@@ -250,6 +250,16 @@ def test_a_progress_bar_on_a_terminal_redraws_one_line(monkeypatch):
     assert "\r\033[KReading [############------------] 1/2 words" in sys.stderr.getvalue()
 
 
+def test_a_patient_progress_bar_says_nothing_of_short_work_and_draws_long(monkeypatch):
+    for patience, drawn in ((60.0, False), (1e-9, True)):
+        monkeypatch.setattr(sys, "stderr", Terminal())
+        with Progress("Compiling", 1, patience=patience) as progress:
+            progress.tick()
+        written = sys.stderr.getvalue()
+        assert ("Compiling [" in written and "done in" in written) == drawn
+        assert drawn or not written.strip("\r\033[K")
+
+
 def test_a_progress_bar_goes_on_without_a_console_and_without_steps(monkeypatch):
     monkeypatch.setattr(sys, "stderr", None)
     for live in (None, True):

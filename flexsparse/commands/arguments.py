@@ -16,8 +16,10 @@ from flexsparse.benchmark.harness import first_call
 from flexsparse.expr import Mask
 from flexsparse.heads import PerHead
 from flexsparse.parser import parse, parse_heads
+from flexsparse.progress import Progress
 
 BUDGET = 4.0  # seconds for calls that are compared
+PATIENCE = 2.0  # seconds without a word
 PICTURES = (".pdf", ".png", ".svg")  # what matplotlib writes by itself
 
 
@@ -55,6 +57,11 @@ def read_mask(text: str) -> Mask:
 def read_heads(text: str) -> Mask | PerHead:
     """A mask from text, or the masks of all heads, with the pattern library's names."""
     return parse_heads(text, flexsparse.masks)
+
+
+def waiting(job: str, total: int = 1) -> Progress:
+    """A progress bar for work that mostly is over before anybody wonders, and then says nothing."""
+    return Progress(job, total, patience=PATIENCE)
 
 
 def check_writable(path: str | None) -> None:

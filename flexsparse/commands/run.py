@@ -19,6 +19,7 @@ from flexsparse.commands.arguments import (
     positive,
     ratio,
     read_heads,
+    waiting,
 )
 from flexsparse.commands.show import add_mask_arguments, compiled_from
 from flexsparse.compiler import CompiledMask
@@ -64,14 +65,16 @@ def run(args: argparse.Namespace) -> int:
         f"\nOn {device_text(device)}: q {list(q.shape)}, k and v {list(k.shape)}, {args.dtype}, "
         "random."
     )
-    out, first_ms = first_call(lambda: attend(q, k, v), device)
+    with waiting("Compiling kernels"):
+        out, first_ms = first_call(lambda: attend(q, k, v), device)
     first = time_text(first_ms / 1e3)
     print(f"  first call      {first:>10}   kernels compiled for this structure of mask")
 
     square = q.shape[2] == k.shape[2]
-    (ours, dense), runs = medians(
-        [lambda: attend(q, k, v), lambda: dense_attention(q, k, v, causal=square)], device
-    )
+    with waiting("Timing"):
+        (ours, dense), runs = medians(
+            [lambda: attend(q, k, v), lambda: dense_attention(q, k, v, causal=square)], device
+        )
     kind = "causal" if square else "no mask"
     print(f"  this mask       {time_text(ours):>10}   median of {runs} calls")
     print(f"  dense attention {time_text(dense):>10}   torch's own, {kind}, in turns with ours")
@@ -131,10 +134,12 @@ def _check(
             for n in range(k.shape[1])
         ]
     error = largest = 0.0
-    for b, heads, kv_heads in parts:
-        expected = attend(q[b, heads], k[b, kv_heads], v[b, kv_heads], executor="reference")
-        error = max(error, float((out[b, heads] - expected).abs().max()))
-        largest = max(largest, float(expected.abs().max()))
+    with waiting("Checking", len(parts)) as progress:
+        for b, heads, kv_heads in parts:
+            expected = attend(q[b, heads], k[b, kv_heads], v[b, kv_heads], executor="reference")
+            error = max(error, float((out[b, heads] - expected).abs().max()))
+            largest = max(largest, float(expected.abs().max()))
+            progress.tick()
     relative = error / largest if largest else error
     agrees = relative <= allowed
     print(

@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from flexsparse.arguments import INT32_MAX
-from flexsparse.commands.arguments import CommandError, positive, read_heads
+from flexsparse.commands.arguments import CommandError, positive, read_heads, waiting
 from flexsparse.compiler import CompiledMask, compile_mask
 from flexsparse.drawing.terminal import Ink, picture
 from flexsparse.expr import Mask
@@ -63,16 +63,17 @@ def compiled_from(
     ):
         if variable in variables and n is None:
             raise CommandError(f"The mask reads {variable}: give --{option}, how many {what}.")
-    return compile_mask(
-        mask,
-        args.q_len or args.kv_len,
-        args.kv_len,
-        batch=args.batch if "b" in variables else None,
-        n_heads=n_heads if "h" in variables or isinstance(mask, PerHead) else None,
-        q_offset=args.q_offset,
-        device=device,
-        block_size=args.block_size,
-    )
+    with waiting("Compiling the mask"):
+        return compile_mask(
+            mask,
+            args.q_len or args.kv_len,
+            args.kv_len,
+            batch=args.batch if "b" in variables else None,
+            n_heads=n_heads if "h" in variables or isinstance(mask, PerHead) else None,
+            q_offset=args.q_offset,
+            device=device,
+            block_size=args.block_size,
+        )
 
 
 def show(args: argparse.Namespace) -> int:
@@ -82,9 +83,14 @@ def show(args: argparse.Namespace) -> int:
     ink = Ink.of(sys.stdout)
     print(compiled)
     if isinstance(mask, Mask):
-        print(f"\n{picture(compiled, ink)}")
+        print(f"\n{_drawn(compiled, ink)}")
         return 0
     for place, own in enumerate(mask.distinct):
         print(f"\n{shown(own)}, {numbered('head', mask.heads_of(place))}:")
-        print(picture(compiled_from(args, own, None), ink))
+        print(_drawn(compiled_from(args, own, None), ink))
     return 0
+
+
+def _drawn(compiled: CompiledMask, ink: Ink) -> str:
+    with waiting("Drawing"):
+        return picture(compiled, ink)

@@ -61,7 +61,7 @@ class Pools(NamedTuple):
 
     def blocks_of(self, rectangles: Rectangles) -> Tensor:
         """int64[rows, columns]: the blocks of each pool that disjoint rectangles cover."""
-        return _covered(rectangles, self.row_edges, self.column_edges, self.side)
+        return covered(rectangles, self.row_edges, self.column_edges)
 
     def elements_of(self, rectangles: Rectangles, grid: Grid, blocks: Tensor) -> Tensor:
         """int64[rows, columns]: the elements of each pool in blocks that rectangles cover.
@@ -82,8 +82,7 @@ class Pools(NamedTuple):
             rectangles.column0 * kv_block,
             column1.clamp(max=grid.kv_len),
         )
-        side = (self.side[0] * q_block, self.side[1] * kv_block)
-        return _covered(tokens, *self._token_edges(grid), side)
+        return covered(tokens, *self._token_edges(grid))
 
     def sum_of(self, row: Tensor, column: Tensor, values: Tensor) -> Tensor:
         """int64[rows, columns]: the sum of the values of the blocks in each pool."""
@@ -92,10 +91,8 @@ class Pools(NamedTuple):
         return total.index_add_(0, place, values).view(self.shape)
 
 
-def _covered(
-    rectangles: Rectangles, row_edges: Tensor, column_edges: Tensor, side: tuple[int, int]
-) -> Tensor:
-    """The area that disjoint rectangles cover of each cell between edges, `side` apart.
+def covered(rectangles: Rectangles, row_edges: Tensor, column_edges: Tensor) -> Tensor:
+    """int64[rows, columns]: the area that disjoint rectangles cover of each cell between edges.
 
     Cost: the rectangles plus the cells. A rectangle is four corners with signs. The area above and
     to the left of (r, c) is the sum of sign * (r - a) * (c - b) over the corners (a, b) there, so
@@ -107,7 +104,8 @@ def _covered(
         _, *ends = rectangles.where(slice(start, start + RECTANGLES_AT_ONCE))
         # the first edge at or after each end
         top, bottom, left, right = (
-            (x + side[i // 2] - 1) // side[i // 2] for i, x in enumerate(ends)
+            torch.searchsorted(row_edges if i < 2 else column_edges, x.contiguous())
+            for i, x in enumerate(ends)
         )
         for a, row, row_sign in ((ends[0], top, 1), (ends[1], bottom, -1)):
             for b, column, column_sign in ((ends[2], left, 1), (ends[3], right, -1)):
@@ -118,5 +116,5 @@ def _covered(
                     moment.index_add_(0, place, value)
     one, a, b, ab = moments.view(4, rows, columns).cumsum(1).cumsum(2)
     r, c = row_edges[:, None], column_edges
-    covered: Tensor = one * r * c - a * c - b * r + ab
-    return covered.diff(dim=0).diff(dim=1)
+    above: Tensor = one * r * c - a * c - b * r + ab
+    return above.diff(dim=0).diff(dim=1)

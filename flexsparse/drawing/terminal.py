@@ -11,15 +11,14 @@ from torch import Tensor
 
 from flexsparse.analysis.cells import Grid
 from flexsparse.analysis.classify import BlockClasses
-from flexsparse.analysis.rectangles import Rectangles
 from flexsparse.compiler import CompiledMask
 from flexsparse.drawing.plane import ELEMENTS_UP_TO
+from flexsparse.drawing.pools import covered
 from flexsparse.expr import Mask
 from flexsparse.tree import kept_at
 
 MOST_COLUMNS = 64
 MOST_ROWS = 48
-RECTANGLES_AT_ONCE = 1 << 15
 
 
 class Ink(NamedTuple):
@@ -102,29 +101,12 @@ def pooled_states(classes: BlockClasses, rows: int, columns: int) -> Tensor:
     grid = classes.grid
     row_edges = torch.arange(rows + 1) * grid.rows // rows
     column_edges = torch.arange(columns + 1) * grid.columns // columns
-    full = _blocks_in_pools(classes.full, row_edges, column_edges)
-    partial = _blocks_in_pools(classes.partial, row_edges, column_edges)
+    full, partial = (
+        covered(rectangles.of_plane(0), row_edges, column_edges)
+        for rectangles in (classes.full, classes.partial)
+    )
     size = row_edges.diff()[:, None] * column_edges.diff()
     return (full + partial > 0).int() + (full == size).int()
-
-
-def _blocks_in_pools(rectangles: Rectangles, row_edges: Tensor, column_edges: Tensor) -> Tensor:
-    """How many blocks of the rectangles lie in each pool: no grid of blocks is made."""
-    total = torch.zeros(len(row_edges) - 1, len(column_edges) - 1, dtype=torch.float64)
-    first = rectangles.of_plane(0)
-    for start in range(0, len(first.plane), RECTANGLES_AT_ONCE):
-        part = first.where(slice(start, start + RECTANGLES_AT_ONCE))
-        high = _overlap(part.row0, part.row1, row_edges)
-        wide = _overlap(part.column0, part.column1, column_edges)
-        total += high.T @ wide
-    return total.long()
-
-
-def _overlap(start: Tensor, end: Tensor, edges: Tensor) -> Tensor:
-    """float64[intervals, pools]: the length that each interval has in each pool."""
-    low = torch.maximum(start[:, None], edges[:-1])
-    high = torch.minimum(end[:, None], edges[1:])
-    return (high - low).clamp(min=0).double()
 
 
 def _shape(grid: Grid, width: int) -> tuple[int, int]:
