@@ -12,13 +12,15 @@ from pathlib import Path
 import torch
 
 from flexsparse import Mask, PerHead, per_head
+from flexsparse.analysis.cells import SPLIT, Grid, all_cells, bound_cells, interval_reading, split
 from flexsparse.drawing import draw
+from flexsparse.drawing.colours import LIGHT, css
 from flexsparse.drawing.figure import paint_panel
 from flexsparse.drawing.frame import Frame, Sides
 from flexsparse.drawing.legend import draw_key, state_keys
 from flexsparse.drawing.page import MARGIN, Layout, Tile, page
 from flexsparse.drawing.panels import Panel, panels
-from flexsparse.drawing.paper import small_png
+from flexsparse.drawing.paper import QUIET, Sheet, small_png
 from flexsparse.drawing.planes import Lengths, planes
 from flexsparse.drawing.words import percent
 from flexsparse.fidelity import Point, draw_perplexity
@@ -125,12 +127,54 @@ def real_model() -> bytes:
     return small_png(draw_perplexity(points[1:], points[0], title))
 
 
+def refinement() -> bytes:
+    """What bounds prove of causal & (sink(300) | window(3000)) in cells of 16, 4 and 1 blocks."""
+    mask = causal & (sink(300) | window(3000))
+    grid = Grid(16384, 16384, 0, (128, 128), 1, (0,))
+    reading = interval_reading(mask, grid)
+    inches, gap, top = 3.0, 0.3, 0.95
+    sheet = Sheet(3 * inches + 4 * gap, inches + top + 0.2)
+    sheet.text(gap, 0.15, "causal & (sink(300) | window(3000)), 16,384 x 16,384", weight="bold")
+    # cells that a panel before has decided keep their colours
+    decided: list[tuple[float, float, float, str]] = []
+    side = SPLIT**2
+    cells = all_cells(grid, side)
+    for place in range(3):
+        always, ever = bound_cells(mask, reading, grid, cells, side)
+        left, size = gap + place * (inches + gap), inches * side / grid.columns
+        colours = [
+            css(LIGHT.full if full else LIGHT.partial if some else LIGHT.empty)
+            for full, some in zip(always.tolist(), ever.tolist(), strict=True)
+        ]
+        ends = zip(*(x.tolist() for x in cells[1:]), colours, strict=True)
+        decided += [(row * size, column * size, size, colour) for row, column, colour in ends]
+        for y, x, width, colour in decided:
+            style = {"facecolor": colour, "edgecolor": "white", "linewidth": 0.3}
+            sheet.rectangle(left + x, top + y, width, width, **style)
+        full, empty = int(always.sum()), int((~ever).sum())
+        blocks = f"{side} x {side} blocks" if side > 1 else "one block"
+        sheet.text(left, 0.45, f"{len(always):,} cells of {blocks}: {full} full, {empty} empty")
+        rest = f"{len(always) - full - empty} are "
+        rest += "split 4 x 4" if side > 1 else "looked at: each has both, and is partial"
+        sheet.text(left, 0.65, rest, color=QUIET)
+        cells = [x[ever & ~always] for x in cells]
+        if side > 1:
+            side //= SPLIT
+            cells = split(grid, cells, side)
+    return small_png(sheet.figure)
+
+
 def main() -> None:
     """Draw them."""
     PICTURES.mkdir(exist_ok=True)
     title = "32 heads, each with its own mask, at 16,384 tokens"
     mixed = small_png(draw(mixed_heads(), 16384, title=title))
-    images = {"per_head.png": mixed, "patterns.png": gallery(), "perplexity.png": real_model()}
+    images = {
+        "per_head.png": mixed,
+        "patterns.png": gallery(),
+        "perplexity.png": real_model(),
+        "refinement.png": refinement(),
+    }
     for name, image in images.items():
         (PICTURES / name).write_bytes(image)
         print(f"{PICTURES / name}: {len(image):,} bytes")

@@ -8,6 +8,12 @@ from pathlib import Path
 
 import pytest
 
+import flexsparse as fs
+from flexsparse.analysis import classify
+from flexsparse.analysis.cells import bound_cells
+from flexsparse.analysis.settle import settle
+from flexsparse.masks import causal, sink, window
+
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted((ROOT / "notebooks").glob("*.py"))
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -67,12 +73,37 @@ def test_there_are_six_notebooks():
     assert [path.name[0] for path in SCRIPTS] == list("123456")
 
 
-def test_the_readme_example_runs(capsys):
-    readme = (ROOT / "README.md").read_text()
-    examples = [part.split("```")[0] for part in readme.split("```python\n")[1:]]
-    assert len(examples) == 2
+@pytest.mark.parametrize(("page", "n_examples"), [("README.md", 2), ("docs/how-it-works.md", 2)])
+def test_the_examples_of_a_page_print_what_it_says(page, n_examples, capsys):
+    text = (ROOT / page).read_text()
+    examples = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(examples) == n_examples
     namespace: dict[str, object] = {}
     for example in examples:
-        exec(compile(example, "README.md", "exec"), namespace)
-    report = readme.split("```\nCompiledMask")[1].split("...\n```")[0]
-    assert f"CompiledMask{report}" in capsys.readouterr().out
+        exec(compile(example, page, "exec"), namespace)
+    printed = capsys.readouterr().out
+    outputs = re.findall(r"```\n([^`]+?)(?:\.\.\.\n)?```\n", text)
+    assert outputs
+    for output in outputs:
+        assert output in printed
+
+
+def test_how_it_works_counts_what_is_looked_at(monkeypatch):
+    page = (ROOT / "docs" / "how-it-works.md").read_text()
+    cells, blocks = 0, 0
+
+    def counting_bounds(mask, reading, grid, places, side):
+        nonlocal cells
+        cells += len(places[0])
+        return bound_cells(mask, reading, grid, places, side)
+
+    def counting_settle(mask, reading, grid, places):
+        nonlocal blocks
+        blocks += len(places[0])
+        return settle(mask, reading, grid, places)
+
+    monkeypatch.setattr(classify, "bound_cells", counting_bounds)
+    monkeypatch.setattr(classify, "settle", counting_settle)
+    fs.compile_mask(causal & (sink(300) | window(3000)), 16384, 16384)
+    counts = f"Of 16,384 blocks here, {cells:,} cells are bounded and {blocks} blocks are looked at"
+    assert counts in page
