@@ -155,7 +155,7 @@ def refinement() -> bytes:
         blocks = f"{side} x {side} blocks" if side > 1 else "one block"
         sheet.text(left, 0.45, f"{len(always):,} cells of {blocks}: {full} full, {empty} empty")
         rest = f"{len(always) - full - empty} are "
-        rest += "split 4 x 4" if side > 1 else "looked at: each has both, and is partial"
+        rest += "split 4 x 4" if side > 1 else "partial: each keeps some pairs and hides some"
         sheet.text(left, 0.65, rest, color=QUIET)
         cells = [x[ever & ~always] for x in cells]
         if side > 1:

@@ -24,7 +24,7 @@ ORDER = [
     {"interval"},
     {"whole"},
     {"cells"},
-    {"settle"},
+    {"settle", "reached"},
     {"classify", "tracing"},
     {"validate", "blocks", "cost", "needed", "hints"},
     {"lower"},

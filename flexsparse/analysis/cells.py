@@ -5,6 +5,7 @@ A cell is a square of blocks: its plane, row and column, counted in cells.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -54,14 +55,26 @@ class Grid(NamedTuple):
         )
 
 
-def interval_reading(mask: Mask, grid: Grid) -> dict[str, Any]:
-    """INTERVAL_READING for the cells of a grid, with the tables of this mask behind pyramids."""
+def kept_pyramids() -> Callable[[Table], Pyramid]:
+    """The pyramid of a table, built when it is asked for and once."""
     pyramids: dict[int, Pyramid] = {}
 
-    def lookup(table: Table, *indices: Interval | None) -> Any:
+    def pyramid_of(table: Table) -> Pyramid:
         if id(table) not in pyramids:
             pyramids[id(table)] = Pyramid(table.tensor)
-        return INTERVAL_READING["lookup"](pyramids[id(table)], *indices)
+        return pyramids[id(table)]
+
+    return pyramid_of
+
+
+def interval_reading(
+    mask: Mask, grid: Grid, pyramid_of: Callable[[Table], Pyramid] | None = None
+) -> dict[str, Any]:
+    """INTERVAL_READING for the cells of a grid, with the tables of this mask behind pyramids."""
+    pyramid_of = pyramid_of or kept_pyramids()
+
+    def lookup(table: Table, *indices: Interval | None) -> Any:
+        return INTERVAL_READING["lookup"](pyramid_of(table), *indices)
 
     reading = {**INTERVAL_READING, "lookup": lookup}
     if loosely_truncated(mask, grid):
@@ -81,7 +94,12 @@ def bound_cells(
         cells: planes, rows and columns of the cells, in cells.
         side: blocks along a cell.
     """
-    plane, row, column = cells
+    return bound_places(mask, reading, grid, cells[0], *positions(grid, cells, side))
+
+
+def positions(grid: Grid, cells: list[Tensor], side: int) -> tuple[Interval, Interval]:
+    """The queries and the keys of cells."""
+    _, row, column = cells
     q, kv = (
         Interval(
             place * (side * block) + offset,
@@ -92,7 +110,7 @@ def bound_cells(
             (column, grid.block_size[1], grid.kv_len, 0),
         )
     )
-    return bound_places(mask, reading, grid, plane, q, kv)
+    return q, kv
 
 
 def bound_places(
@@ -114,6 +132,8 @@ def bound_places(
 def batch_and_head(grid: Grid, plane: Tensor) -> tuple[Tensor, Tensor]:
     """The batch row and the head of each plane."""
     heads = torch.tensor(grid.heads)
+    if grid.planes == 1:
+        return torch.tensor(0), heads[0]
     return plane // len(heads), heads[plane % len(heads)]
 
 
@@ -126,9 +146,10 @@ def all_cells(grid: Grid, side: int) -> list[Tensor]:
 
 def split(grid: Grid, cells: list[Tensor], side: int) -> list[Tensor]:
     """The cells of `side` blocks that the given cells, SPLIT times as wide, are made of."""
-    plane, row, column = cells
     step = torch.arange(SPLIT)
-    rows = (row[:, None, None] * SPLIT + step[:, None]).expand(-1, SPLIT, SPLIT)
-    columns = (column[:, None, None] * SPLIT + step).expand(-1, SPLIT, SPLIT)
-    inside = (rows * side < grid.rows) & (columns * side < grid.columns)
-    return [plane[:, None, None].expand_as(rows)[inside], rows[inside], columns[inside]]
+    plane, row, column = (x[:, None, None] for x in cells)
+    rows, columns = row * SPLIT + step[:, None], column * SPLIT + step
+    parts = [x.expand(-1, SPLIT, SPLIT).flatten() for x in (plane, rows, columns)]
+    inside = (parts[1] * side < grid.rows) & (parts[2] * side < grid.columns)
+    # to choose all of them takes several times as long as to make them
+    return parts if inside.all() else [x[inside] for x in parts]

@@ -2,8 +2,8 @@
 
 A cell is a square of blocks. Cells of one size are bounded at once; a cell that is everywhere true
 is FULL as a whole, one that is nowhere true is EMPTY, and the rest are split 4 x 4 until a cell is
-one block. A block that intervals leave open is settled by looking (settle.py). The cost follows the
-boundary of the mask, not its area.
+one block. A block that reaches its bounds is PARTIAL (reached.py); what is then still open is
+settled by looking (settle.py). The cost follows the boundary of the mask, not its area.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ from flexsparse.analysis.cells import (
     all_cells,
     bound_cells,
     interval_reading,
+    kept_pyramids,
     split,
 )
+from flexsparse.analysis.reached import bound_blocks, reached_reading
 from flexsparse.analysis.rectangles import Rectangles
 from flexsparse.analysis.settle import settle
 from flexsparse.expr import Mask
@@ -114,7 +116,9 @@ def classify(mask: Mask, grid: Grid) -> BlockClasses:
     A ragged last block is at most PARTIAL, as in torch's create_block_mask.
     Cost: the boundary of the mask in blocks, times its steps; no [q_len, kv_len] tensor is made.
     """
-    reading = interval_reading(mask, grid)
+    pyramid_of = kept_pyramids()
+    reading = interval_reading(mask, grid, pyramid_of)
+    of_blocks = reached_reading(reading, pyramid_of)
     side = 1
     while -(-grid.rows // side) * -(-grid.columns // side) > CELLS_TO_BEGIN_WITH:
         side *= SPLIT
@@ -124,22 +128,24 @@ def classify(mask: Mask, grid: Grid) -> BlockClasses:
     stack = [(side, all_cells(grid, side))]
     while stack:
         side, cells = stack.pop()
+        if not len(cells[0]):
+            continue
         if len(cells[0]) > CELLS_AT_ONCE:
             chunks = zip(*(torch.split(x, CELLS_AT_ONCE) for x in cells), strict=True)
             stack += [(side, list(chunk)) for chunk in chunks]
             continue
-        always, ever = bound_cells(mask, reading, grid, cells, side)
-        full.append(_rectangles(grid, [x[always] for x in cells], side))
-        open_cells = [x[ever & ~always] for x in cells]
-        if not len(open_cells[0]):
-            continue
         if side > 1:
+            always, ever = bound_cells(mask, reading, grid, cells, side)
+            open_cells = [x[ever & ~always] for x in cells]
             stack.append((side // SPLIT, split(grid, open_cells, side // SPLIT)))
-            continue
-        some_partial, some_full, looked_at = settle(mask, reading, grid, open_cells)
-        partial.append(_rectangles(grid, some_partial, 1))
-        full.append(_rectangles(grid, some_full, 1))
-        evaluated += looked_at
+        else:
+            always, ever, *known = bound_blocks(mask, of_blocks, grid, cells)
+            open_cells, known = ([x[ever & ~always] for x in part] for part in (cells, known))
+            some_partial, some_full, looked_at = settle(mask, reading, grid, open_cells, *known)
+            partial.append(_rectangles(grid, some_partial, 1))
+            full.append(_rectangles(grid, some_full, 1))
+            evaluated += looked_at
+        full.append(_rectangles(grid, [x[always] for x in cells], side))
     whole, ragged = _part_ragged(grid, Rectangles.joined(full))
     return BlockClasses(grid, Rectangles.joined([*partial, ragged]), whole, evaluated)
 

@@ -243,12 +243,16 @@ def _constant(value: int) -> Interval | Truth:
     return Truth(value, value) if isinstance(value, bool) else Interval(value, value)
 
 
-def _lookup(pyramid: Pyramid, *indices: Interval | None) -> Interval | Truth | None:
+def read_table(
+    pyramid: Pyramid, *indices: Interval | None, ask_reached: bool = False
+) -> tuple[Interval | Truth | None, Bound]:
+    """Bounds of the entries that indices may point at, and whether both are known to be entries."""
     known = [i for i in indices if i is not None]
     if len(known) < len(indices):
-        return UNDECIDED if pyramid.is_boolean else None
-    lo, hi = pyramid.bounds([i.lo for i in known], [i.hi for i in known])
-    return Truth(lo, hi) if pyramid.is_boolean else settled(Interval(lo, hi))
+        return (UNDECIDED if pyramid.is_boolean else None), False
+    first, last = [i.lo for i in known], [i.hi for i in known]
+    lo, hi, reached = pyramid.bounds(first, last, ask_reached=ask_reached)
+    return (Truth(lo, hi) if pyramid.is_boolean else settled(Interval(lo, hi))), reached
 
 
 def table_bounds(table: Table) -> Interval | Truth:
@@ -271,7 +275,7 @@ def table_bounds(table: Table) -> Interval | Truth:
 # what the operators mean on intervals; `lookup` takes the Pyramid of its table
 INTERVAL_READING: dict[str, Callable[..., Any]] = {
     "const": _constant,
-    "lookup": _lookup,
+    "lookup": lambda pyramid, *indices: read_table(pyramid, *indices)[0],
     "+": _unless_unknown(_add),
     "-": _unless_unknown(_subtract),
     "*": _unless_unknown(_multiply),

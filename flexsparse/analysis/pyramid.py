@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import operator
 from typing import Any
 
 import torch
@@ -44,14 +45,19 @@ class Pyramid:
             self.levels.append((lo, hi))
             longest = (longest + 1) // 2
 
-    def bounds(self, first: list[Any], last: list[Any]) -> tuple[Any, Any]:
-        """Bounds of the entries with first <= index <= last, as (lo, hi), one for each cell.
+    def bounds(
+        self, first: list[Any], last: list[Any], *, ask_reached: bool = False
+    ) -> tuple[Any, Any, Any]:
+        """Bounds of the entries with first <= index <= last, as (lo, hi, reached), for each cell.
+
+        reached says where both bounds are known to be entries of the range. To find out takes as
+        long again, and where nobody asks it is False.
 
         Indices outside the table are moved to its edge: whether that can happen is checked apart.
         """
         if not self.shape:
             value = _wide(self.levels[0][0])
-            return value, value
+            return value, value, True
         sizes = [n - 1 for n in self.shape]
         first = [torch.as_tensor(x).clamp(0, n) for x, n in zip(first, sizes, strict=True)]
         last = [torch.as_tensor(x).clamp(0, n) for x, n in zip(last, sizes, strict=True)]
@@ -64,12 +70,12 @@ class Pyramid:
         spans = [b - a for a, b, r in zip(first, last, self.ranged, strict=True) if r]
         if not spans:
             lo = hi = self.levels[0][0][tuple(first)]
-            return _wide(lo), _wide(hi)
+            return _wide(lo), _wide(hi), True
         widest = functools.reduce(torch.maximum, spans)
         # cells of one size have spans alike, but where a table of places jumps inside a cell
         is_wide = widest > 2 * int(widest.min()) + 1
         if is_wide.any():
-            return self._apart(first, last, is_wide)
+            return self._apart(first, last, is_wide, ask_reached)
         level = min(int(widest.max()).bit_length(), len(self.levels) - 1)
         ranges = self._nodes(first, last, level)
         # one node of twice the span at most is close enough; two may be far too wide
@@ -82,22 +88,47 @@ class Pyramid:
         nodes = list(itertools.product(*ranges))
         lo = functools.reduce(torch.minimum, [lows[node] for node in nodes])
         hi = functools.reduce(torch.maximum, [highs[node] for node in nodes])
-        return _wide(lo), _wide(hi)
+        reached: Any = False
+        if ask_reached:
+            inside = self._inside(ranges, first, last, level)
+            least, most = hi, lo  # of nodes that are not wider than the range
+            for node, is_inside in zip(nodes, inside, strict=True):
+                least = torch.minimum(least, torch.where(is_inside, lows[node], hi))
+                most = torch.maximum(most, torch.where(is_inside, highs[node], lo))
+            reached = (least == lo) & (most == hi)
+        return _wide(lo), _wide(hi), reached
 
     def _apart(
-        self, first: list[Tensor], last: list[Tensor], is_wide: Tensor
-    ) -> tuple[Tensor, Tensor]:
+        self, first: list[Tensor], last: list[Tensor], is_wide: Tensor, ask_reached: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Bounds of the cells that are wide and of those that are not, each at their own level."""
         shape = torch.broadcast_tensors(*first, *last)[0].shape  # type: ignore[no-untyped-call]
         first, last = ([x.expand(shape) for x in ends] for ends in (first, last))
         is_wide = is_wide.expand(shape)
-        results = [x.new_empty(shape) for x in map(_wide, self.levels[0])]
+        lo, hi = (x.new_empty(shape) for x in map(_wide, self.levels[0]))
+        reached = torch.empty(shape, dtype=torch.bool)
         for part in (is_wide, ~is_wide):
-            bounds = self.bounds([x[part] for x in first], [x[part] for x in last])
-            for result, bound in zip(results, bounds, strict=True):
+            ends = [x[part] for x in first], [x[part] for x in last]
+            bounds = self.bounds(*ends, ask_reached=ask_reached)
+            for result, bound in zip((lo, hi, reached), bounds, strict=True):
                 result[part] = bound
-        lo, hi = results
-        return lo, hi
+        return lo, hi, reached
+
+    def _inside(
+        self, ranges: list[list[Tensor]], first: list[Tensor], last: list[Tensor], level: int
+    ) -> list[Any]:
+        """Of each combination of nodes, one a dimension, whether it lies between first and last."""
+        inside: list[list[Any]] = []
+        for nodes, start, end, n, is_ranged in zip(
+            ranges, first, last, self.shape, self.ranged, strict=True
+        ):
+            if not is_ranged:
+                inside.append([True])
+                continue
+            begins = (start + (1 << level) - 1) >> level  # the first node that begins in the range
+            ends = torch.where(end == n - 1, end, end - ((1 << level) - 1)) >> level
+            inside.append([(begins <= node) & (node <= ends) for node in nodes])
+        return [functools.reduce(operator.and_, x) for x in itertools.product(*inside)]
 
     def _nodes(self, first: list[Tensor], last: list[Tensor], level: int) -> list[list[Tensor]]:
         """For each dimension the nodes of a level that together cover first to last."""

@@ -21,7 +21,12 @@ SMALLEST_PART = 8  # tokens; to bound a part takes as long as to look at a few d
 
 
 def settle(
-    mask: Mask, reading: dict[str, Any], grid: Grid, cells: list[Tensor]
+    mask: Mask,
+    reading: dict[str, Any],
+    grid: Grid,
+    cells: list[Tensor],
+    some: Tensor,
+    not_all: Tensor,
 ) -> tuple[list[Tensor], list[Tensor], int]:
     """Decide single blocks.
 
@@ -30,6 +35,8 @@ def settle(
         reading: its interval_reading.
         grid: lengths and block size.
         cells: planes, rows and columns of the blocks.
+        some: where the mask is known to be true somewhere.
+        not_all: where it is known to be false somewhere.
 
     Returns:
         Those that are PARTIAL, those that are FULL, and of how many some elements had to be
@@ -40,17 +47,21 @@ def settle(
     # every line, stripe or diagonal through a block crosses its border
     looks = [(q_few, kv_few), (q_all[:: max(1, len(q_all) - 1)], kv_all)]
     looks += [(q_all, kv_all[:: max(1, len(kv_all) - 1)])]
-    partial: list[list[Tensor]] = []
+    mixed = some & not_all
+    partial = [[x[mixed] for x in cells]]
     full: list[list[Tensor]] = []
     for q_steps, kv_steps in looks:
-        some, every = _look(mask, grid, cells, q_steps, kv_steps)
-        partial.append([x[some & ~every] for x in cells])
-        cells = [x[some == every] for x in cells]  # not yet one true and one false
+        cells, some, not_all = [x[~mixed] for x in cells], some[~mixed], not_all[~mixed]
+        found, found_all = _look(mask, grid, cells, q_steps, kv_steps)
+        some, not_all = some | found, not_all | ~found_all
+        mixed = some & not_all
+        partial.append([x[mixed] for x in cells])
+    cells = [x[~mixed] for x in cells]
     evaluated = 0
     for start in range(0, len(cells[0]), BLOCKS_AT_ONCE):
         blocks = [x[start : start + BLOCKS_AT_ONCE] for x in cells]
-        some, every, n = _part_by_part(mask, reading, grid, blocks)
-        partial.append([x[some & ~every] for x in blocks])
+        ever, every, n = _part_by_part(mask, reading, grid, blocks)
+        partial.append([x[ever & ~every] for x in blocks])
         full.append([x[every] for x in blocks])
         evaluated += n
     return _joined(partial), _joined(full), evaluated
