@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import heapq
+import operator
 
 import torch
 from torch import Tensor
 
-from flexsparse import Index, Mask, MaskError, b, h, kv_idx, minimum, nothing, pattern, q_idx
+from flexsparse import Index, Mask, MaskError, b, h, kv_idx, minimum, pattern, q_idx
 from flexsparse.masks.arguments import at_least, booleans, number, row_number, tensor_of
 
 NUMBERS = {True: (1, 2), False: (2, 4)}  # FlashMask's for each key, by whether it is causal
@@ -101,10 +103,11 @@ def attention_slices(
     starts, ends = _keys_of_rows(q_ranges.long(), k_ranges.long(), attn_type_map.long())
     # the last entry stands for all rows past the slices
     row = minimum(row_number(name, q_offset), starts.shape[1] - 1)
-    seen = nothing
-    for start, end in zip(starts, ends, strict=True):
-        seen = seen | (kv_idx >= number(start, row)) & (kv_idx < number(end, row))
-    return seen
+    seen = [
+        (kv_idx >= number(start, row)) & (kv_idx < number(end, row))
+        for start, end in zip(starts, ends, strict=True)
+    ]
+    return functools.reduce(operator.or_, seen)
 
 
 def _check_ranges(argument: str, ranges: Tensor) -> None:

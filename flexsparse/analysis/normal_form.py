@@ -9,6 +9,7 @@ Recognition goes by this form and not by how the mask was written, so `causal & 
 
 Where the tokens are packed sequences, q_idx and kv_idx are here positions in a sequence. The mask
 reads these from tables; of its own q_idx and kv_idx, places in the pack, the distance is the same.
+What every pair of one sequence meets is no bound.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from flexsparse.analysis.sequences import Sequences, documents_of
+from flexsparse.analysis.sequences import Sequences, documents_of, values_at
 from flexsparse.expr import Mask
 from flexsparse.tree import Expr
 from flexsparse.walks import postorder
@@ -73,7 +74,7 @@ def terms(mask: Mask, sequences: Sequences | None = None) -> Union | None:
     for node in postorder(mask):
         if isinstance(node, Mask):
             for wanted in (True, False):
-                if sequences is not None and documents_of(node) == sequences.ids:
+                if sequences is not None and _is_met(node, sequences):
                     unions[id(node), wanted] = (Term(),) if wanted else ()
                 else:
                     unions[id(node), wanted] = _union(node, wanted, unions, lines)
@@ -98,6 +99,13 @@ def sink_and_window(mask: Mask, sequences: Sequences | None = None) -> tuple[int
         else:
             return None  # sink & window: fewer keys than either
     return sink, window
+
+
+def _is_met(node: Mask, sequences: Sequences) -> bool:
+    """Whether all pairs of one sequence are known to meet a condition."""
+    ids = sequences.ids
+    named = ids is not None and documents_of(node) == ids
+    return named or any(node is condition for condition in sequences.always)
 
 
 def _union(
@@ -153,13 +161,8 @@ def _line(
     if index.op in ("q_idx", "kv_idx"):
         is_q = index.op == "q_idx"
         return Line(int(is_q), int(not is_q), int(sequences is not None), 0)
-    if index.op == "lookup" and len(index.args) == 1 and index.args[0].op in ("q_idx", "kv_idx"):
-        of_place = lines[id(index.args[0])]
-        if of_place is None or sequences is None or not sequences.numbers_tokens(index.payload):
-            return None
-        return of_place._replace(start=0)
     if index.op not in ("+", "-", "*"):
-        return None
+        return None if sequences is None else _line_of_values(index, sequences)
     a, b = (lines[id(arg)] for arg in index.args)
     if a is None or b is None:
         return None
@@ -169,6 +172,19 @@ def _line(
         return Line(*(x + y for x, y in zip(a, b, strict=True)))
     a, b = (a, b) if b[:3] == (0, 0, 0) else (b, a)
     return Line(*(x * b.constant for x in a)) if b[:3] == (0, 0, 0) else None
+
+
+def _line_of_values(index: Expr, sequences: Sequences) -> Line | None:
+    """An expression of one token that is its position or its place, read from a table, say."""
+    values = values_at(index, sequences.places)
+    if values is None:
+        return None
+    is_q = "q_idx" in index.variables
+    for start, numbers in ((0, sequences.positions), (1, sequences.places)):
+        more = values - numbers
+        if bool((more == more[0]).all()):
+            return Line(int(is_q), int(not is_q), start, int(more[0]))
+    return None
 
 
 def _difference(a: Line | None, b: Line | None) -> Line | None:
