@@ -89,18 +89,17 @@ def attention_slices(
     for argument, ranges in (("q_ranges", q_ranges), ("k_ranges", k_ranges)):
         tensor_of(name, argument, ranges, "integer", {2: "[slices, 2]"})
         _check_ranges(argument, ranges)
-    if attn_type_map is None:
-        attn_type_map = torch.zeros_like(q_ranges[:, 0])
-    tensor_of(name, "attn_type_map", attn_type_map, "integer", {1: "[slices]"})
-    if not len(q_ranges) == len(k_ranges) == len(attn_type_map):
+    types = torch.zeros_like(q_ranges[:, 0]) if attn_type_map is None else attn_type_map
+    tensor_of(name, "attn_type_map", types, "integer", {1: "[slices]"})
+    if not len(q_ranges) == len(k_ranges) == len(types):
         raise MaskError(
             f"{name} got {len(q_ranges)} q_ranges, {len(k_ranges)} k_ranges and "
-            f"{len(attn_type_map)} types; give one of each for a slice."
+            f"{len(types)} types; give one of each for a slice."
         )
-    unknown = attn_type_map[(attn_type_map < 0) | (attn_type_map > 3)]
+    unknown = types[(types < 0) | (types > 3)]
     if len(unknown):
         raise MaskError(f"{name} got a slice of type {int(unknown[0])}; it must be {SLICE_TYPES}.")
-    starts, ends = _keys_of_rows(q_ranges.long(), k_ranges.long(), attn_type_map.long())
+    starts, ends = keys_of_rows(q_ranges, k_ranges, attn_type_map)
     # the last entry stands for all rows past the slices
     row = minimum(row_number(name, q_offset), starts.shape[1] - 1)
     seen = [
@@ -123,8 +122,15 @@ def _check_ranges(argument: str, ranges: Tensor) -> None:
         )
 
 
-def _keys_of_rows(q_ranges: Tensor, k_ranges: Tensor, types: Tensor) -> tuple[Tensor, Tensor]:
-    """The keys that each row sees, as ranges: their starts and ends, [ranges, rows + 1]."""
+def keys_of_rows(
+    q_ranges: Tensor, k_ranges: Tensor, attn_type_map: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The keys that each row sees of slices, as ranges: their starts and ends, [ranges, rows + 1].
+
+    Where no row is in two slices, that is one range.
+    """
+    q_ranges, k_ranges = q_ranges.long(), k_ranges.long()
+    types = torch.zeros_like(q_ranges[:, 0]) if attn_type_map is None else attn_type_map.long()
     n_rows = int(q_ranges.max()) if len(q_ranges) else 0
     track, n_tracks = _tracks(q_ranges)
     lengths = q_ranges.diff().flatten()

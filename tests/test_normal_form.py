@@ -197,6 +197,7 @@ BOTH = (Term(far_lo=0, far_hi=2), Term(key_hi=1, far_lo=0))
         (FROM_ITS_START & (kv_idx <= lookup(INDEX - 1, q_idx)), (Term(far_lo=1),)),
         (BEFORE_ITS_END & (q_idx >= lookup(INDEX + 2, kv_idx)), (Term(far_lo=2),)),
         (FROM_ITS_START & UP_TO_ITS_END & (Q >= KV), (Term(far_lo=0),)),
+        (FROM_ITS_START & (kv_idx < lookup(LASTS, q_idx)), None),  # hides its last
         (FROM_ITS_START, None),  # sees later documents
         (BEFORE_ITS_END, None),
         (UP_TO_ITS_END & causal, None),
