@@ -111,13 +111,13 @@ def flashmask_attention(
     if startend_row_indices is not None:
         tensor_of(NAME, "startend_row_indices", startend_row_indices, "integer", {4: SHAPE})
         _refuse_planes("startend_row_indices", startend_row_indices, query, key, (kv_len,))
-        indices = ByValue("startend_row_indices", startend_row_indices.to(query.device))
+        indices = ByValue("startend_row_indices", startend_row_indices, query.device)
     if block_mask is not None:
         shape = {4: "[B, heads, rows, columns]"}
         tensor_of(NAME, "block_mask", block_mask, "boolean or integer", shape)
         size = (-(-q_len // BLOCK), -(-kv_len // BLOCK))
         _refuse_planes("block_mask", block_mask, query, key, size)
-        blocks = ByValue("block_mask", block_mask.to(query.device))
+        blocks = ByValue("block_mask", block_mask, query.device)
     window = _window(window_size, indices is not None, q_len, kv_len)
     if learnable_sink is not None:
         refuse_sink("learnable_sink", learnable_sink, (n_heads,), f"[n_heads={n_heads}]")
@@ -164,7 +164,7 @@ def _plan(
 ) -> CompiledMask:
     """The mask compiled; the latest ones are kept."""
     batch, q_len, kv_len, n_heads, n_kv_heads = sizes
-    ahead, group_size = kv_len - q_len, n_heads // max(n_kv_heads, 1)
+    ahead, group_size = kv_len - q_len, n_heads // n_kv_heads
     mask = causal_mask if causal else everything
     if indices is not None:
         table = _distinct(indices.tensor)
@@ -175,8 +175,11 @@ def _plan(
         near = q_idx - kv_idx <= left
         mask = mask & near if causal else near & (kv_idx - q_idx <= right)
     if blocks is not None:
-        table = _distinct(blocks.tensor).bool()
-        kept = block_sparse(table, BLOCK, ahead)
+        table = _distinct(blocks.tensor)
+        unknown = table[(table != 0) & (table != 1)]
+        if len(unknown):
+            raise MaskError(f"block_mask holds {int(unknown[0])}; it must hold 0 and 1.")
+        kept = block_sparse(table.bool(), BLOCK, ahead)
         if table.shape[1] not in (1, n_heads):
             kept = kept.at(h=h // group_size).named(kept.name)
         mask = mask & kept
@@ -206,6 +209,9 @@ def _refuse_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
         if not isinstance(x, Tensor) or x.dim() != 4:
             found = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise MaskError(f"{name} is {found}; it must be a tensor [B, tokens, heads, head_dim].")
+    n_heads, n_kv_heads = query.shape[2], key.shape[2]
+    if not n_kv_heads or n_heads % n_kv_heads:
+        raise MaskError(f"query has {n_heads} heads, not a multiple of the {n_kv_heads} of key.")
 
 
 def _refuse_planes(

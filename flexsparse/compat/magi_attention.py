@@ -159,15 +159,15 @@ def _slices(
     q_ranges: Any, k_ranges: Any, attn_type_map: Any
 ) -> tuple[ByValue, ByValue, ByValue | None]:
     """The slices as keys of a plan, on the CPU, where they are taken apart."""
-    name, found = "flex_flash_attn_func", []
+    name, cpu, found = "flex_flash_attn_func", torch.device("cpu"), []
     for argument, given in (("q_ranges", q_ranges), ("k_ranges", k_ranges)):
         tensor_of(name, argument, given, "integer", {2: "[slices, 2]"})
-        found.append(ByValue(argument, given if given.is_meta else given.cpu()))
-    if attn_type_map is None:
-        return found[0], found[1], None
-    tensor_of(name, "attn_type_map", attn_type_map, "integer", {1: "[slices]"})
-    types = attn_type_map if attn_type_map.is_meta else attn_type_map.cpu()
-    return found[0], found[1], ByValue("attn_type_map", types)
+        found.append(ByValue(argument, given, cpu))
+    types = None
+    if attn_type_map is not None:
+        tensor_of(name, "attn_type_map", attn_type_map, "integer", {1: "[slices]"})
+        types = ByValue("attn_type_map", attn_type_map, cpu)
+    return found[0], found[1], types
 
 
 @functools.lru_cache(maxsize=PLANS_KEPT)

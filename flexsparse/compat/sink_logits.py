@@ -30,6 +30,9 @@ def with_sink(out: Tensor, lse: Tensor, sink: Tensor) -> tuple[Tensor, Tensor]:
         sink: the score of each row, broadcast to the shape of lse.
     """
     sink = sink.to(lse.dtype)
-    # exp(lse) / (exp(lse) + exp(sink)); of two infinities there is no difference
-    weight = (lse.masked_fill(lse == -torch.inf, torch.finfo(lse.dtype).min) - sink).sigmoid()
-    return (out * weight.unsqueeze(-1)).to(out.dtype), torch.logaddexp(lse, sink)
+    # infinities have no difference, and their LSE no gradient
+    is_empty = lse == -torch.inf
+    finite = lse.masked_fill(is_empty, torch.finfo(lse.dtype).min)
+    weight = (finite - sink).sigmoid()  # exp(lse) / (exp(lse) + exp(sink))
+    total = torch.logaddexp(finite, sink).masked_fill(is_empty & (sink == -torch.inf), -torch.inf)
+    return (out * weight.unsqueeze(-1)).to(out.dtype), total
