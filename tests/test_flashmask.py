@@ -190,14 +190,29 @@ def test_what_is_asked_for_is_returned():
 def test_the_plan_of_equal_indices_is_kept_and_that_of_others_is_not_taken():
     given = inputs(2, 40, 40)
     indices = random_indices(2, 1, 40, 40, 1, True)
+    before = indices.clone()
     theirs._plan.cache_clear()
     out = flashmask_attention(*given, indices, causal=True)
-    again = flashmask_attention(*given, indices.clone(), causal=True)
+    again = flashmask_attention(*given, before, causal=True)
     assert torch.equal(out, again)
     assert theirs._plan.cache_info()[:2] == (1, 1)
-    indices.copy_(indices.flip(2))  # the same numbers elsewhere
+    indices.copy_(indices.flip(2))  # the same numbers elsewhere, in the same tensor
     check(given, kept_of(indices, True, 2, 2, 40, 40), indices, causal=True)
     assert theirs._plan.cache_info()[:2] == (1, 2)
+    indices.copy_(before)
+    assert torch.equal(out, flashmask_attention(*given, indices, causal=True))
+    assert theirs._plan.cache_info()[:2] == (2, 2)
+
+
+def test_indices_of_one_hash_are_told_apart():
+    given = inputs(1, 40, 40)
+    indices = torch.full((1, 1, 40, 1), 20, dtype=torch.int32)
+    others = indices.clone()
+    others[0, 0, :2, 0] += torch.tensor([2, -1])  # the second number counts twice
+    cpu = torch.device("cpu")
+    assert len({hash(theirs.ByValue("indices", x, cpu)) for x in (indices, others)}) == 1
+    for x in (indices, others):
+        check(given, kept_of(x, True, 1, 2, 40, 40), x, causal=True)
 
 
 @pytest.mark.parametrize("axis", [0, 1])

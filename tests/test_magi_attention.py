@@ -200,6 +200,7 @@ def test_a_compiler_above_calls_it():
 
 
 Q_RANGES, K_RANGES, TYPES = tensors_of([((0, 10), (0, 10), CAUSAL), ((10, 20), (0, 20), CAUSAL)])
+SHARING = torch.tensor([[0, 10], [9, 20]])
 WRONG = {
     "no ranges": ({"q_ranges": None}, r"q_ranges = NoneType.*\[slices, 2\]"),
     "a list": ({"k_ranges": [[0, 10]]}, r"k_ranges = list.*torch.as_tensor"),
@@ -210,7 +211,8 @@ WRONG = {
     "backwards": ({"q_ranges": Q_RANGES.flip(1)}, r"q_ranges with \[10, 0\]"),
     "past the queries": ({"q_ranges": Q_RANGES + 1}, "q_ranges end at 21 and q has 20 tokens"),
     "past the keys": ({"k_ranges": K_RANGES + 5}, "k_ranges end at 25 and k has 20 tokens"),
-    "shared": ({"q_ranges": torch.tensor([[0, 10], [9, 20]])}, "keep the same key for row 9"),
+    "shared": ({"q_ranges": SHARING}, "keep the same key for row 9"),
+    "one shared": ({"k_ranges": torch.tensor([[5, 8], [7, 18]]), "q_ranges": SHARING}, "row 9"),
     "on meta": ({"q_ranges": Q_RANGES.to("meta")}, "q_ranges is on meta"),
     "types on meta": ({"attn_type_map": TYPES.to("meta")}, "attn_type_map is on meta"),
     "indices": ({"index_sparse_indices": TYPES}, r"names keys one by one.*block_sparse"),
