@@ -134,16 +134,22 @@ def keys_of_rows(
     n_rows = int(q_ranges.max()) if len(q_ranges) else 0
     track, n_tracks = _tracks(q_ranges)
     lengths = q_ranges.diff().flatten()
-    slices = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
-    # how far each row is from the first row of its slice, and from the last
-    after = torch.arange(len(slices), device=lengths.device)
-    after -= (lengths.cumsum(0) - lengths)[slices]
-    before = lengths[slices] - 1 - after
-    place = track[slices], q_ranges[slices, 0] + after
+    before = lengths.cumsum(0) - lengths
+    inverse, causal = (types >= 2).long(), types % 2
+    # with the rows of all slices in one list, what the i-th sees is linear in i inside a slice
+    of_slices = (
+        track * (n_rows + 1) + q_ranges[:, 0] - before,
+        k_ranges[:, 0] - inverse * before,
+        inverse,
+        k_ranges[:, 1] - causal * (before + lengths - 1),
+        causal,
+    )
+    i = torch.arange(int(lengths.sum()), device=lengths.device)
+    of_rows = torch.stack(of_slices, 1).repeat_interleave(lengths, 0, output_size=len(i))
+    place, start, start_step, end, end_step = of_rows.unbind(1)
     starts, ends = q_ranges.new_zeros(2, n_tracks, n_rows + 1, dtype=torch.int32)
-    first, end = k_ranges[slices].unbind(1)
-    starts[place] = (first + (types >= 2)[slices] * after).int()
-    ends[place] = (end - (types % 2)[slices] * before).int()
+    starts.view(-1)[place + i] = (start + start_step * i).int()
+    ends.view(-1)[place + i] = (end + end_step * i).int()
     return starts, ends
 
 

@@ -14,13 +14,15 @@ What every pair of one sequence meets is no bound.
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from flexsparse.analysis.sequences import Sequences, documents_of, values_at
-from flexsparse.expr import Mask
+from flexsparse.expr import Mask, everything
 from flexsparse.tree import Expr
-from flexsparse.walks import postorder
+from flexsparse.walks import conjuncts, postorder
 
 FAR = 1 << 62  # no bound
 MAX_TERMS = 16
@@ -71,10 +73,14 @@ def terms(mask: Mask, sequences: Sequences | None = None) -> Union | None:
     """
     lines: dict[int, Line | None] = {}
     unions: dict[tuple[int, bool], Union | None] = {}
+    ids = None if sequences is None else sequences.ids
+    if sequences is not None and sequences.always:
+        more = [x for x in conjuncts(mask) if not any(x is met for met in sequences.always)]
+        mask = functools.reduce(operator.and_, more, everything)
     for node in postorder(mask):
         if isinstance(node, Mask):
             for wanted in (True, False):
-                if sequences is not None and _is_met(node, sequences):
+                if ids is not None and documents_of(node) == ids:
                     unions[id(node), wanted] = (Term(),) if wanted else ()
                 else:
                     unions[id(node), wanted] = _union(node, wanted, unions, lines)
@@ -99,13 +105,6 @@ def sink_and_window(mask: Mask, sequences: Sequences | None = None) -> tuple[int
         else:
             return None  # sink & window: fewer keys than either
     return sink, window
-
-
-def _is_met(node: Mask, sequences: Sequences) -> bool:
-    """Whether all pairs of one sequence are known to meet a condition."""
-    ids = sequences.ids
-    named = ids is not None and documents_of(node) == ids
-    return named or any(node is condition for condition in sequences.always)
 
 
 def _union(
