@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from flexsparse import Index, Mask, MaskError, b, h, kv_idx, minimum, pattern, q_idx
-from flexsparse.masks.arguments import at_least, booleans, number, row_number, tensor_of
+from flexsparse.masks.arguments import at_least, booleans, flag, number, row_number, tensor_of
 
 NUMBERS = {True: (1, 2), False: (2, 4)}  # FlashMask's for each key, by whether it is causal
 SLICE_TYPES = "0 (full), 1 (causal), 2 (inverse causal) or 3 (both)"
 MOST_SLICES = 32  # of one row: each is a term of the mask
+MOST_SEGMENTS = 1 << 28  # pairs of segments of rows and of keys, in a table
 
 
 @pattern
@@ -81,7 +82,8 @@ def attention_slices(
             both.
         q_offset: position of query row 0: kv_len - q_len.
 
-    Slices may overlap: their union is kept. A row of no slice sees nothing.
+    Slices may overlap: their union is kept. A row of no slice sees nothing. At most 32 may have a
+    row in common, or any number of whole ones.
 
     Source: MagiAttention (SandAI-org/MagiAttention), flex_flash_attn_func.
     """
@@ -99,9 +101,17 @@ def attention_slices(
     unknown = types[(types < 0) | (types > 3)]
     if len(unknown):
         raise MaskError(f"{name} got a slice of type {int(unknown[0])}; it must be {SLICE_TYPES}.")
+    row = row_number(name, q_offset)
+    if are_many_whole(q_ranges, types):
+        counts, q_segment, k_segment = counts_of_segments(q_ranges, k_ranges)
+        rows_and_keys = (
+            number(segment, minimum(place, len(segment) - 1))
+            for segment, place in ((q_segment, row), (k_segment, kv_idx))
+        )
+        return flag(counts > 0, *rows_and_keys)
     starts, ends = keys_of_rows(q_ranges, k_ranges, attn_type_map)
     # the last entry stands for all rows past the slices
-    row = minimum(row_number(name, q_offset), starts.shape[1] - 1)
+    row = minimum(row, starts.shape[1] - 1)
     seen = [
         (kv_idx >= number(start, row)) & (kv_idx < number(end, row))
         for start, end in zip(starts, ends, strict=True)
@@ -120,6 +130,48 @@ def _check_ranges(argument: str, ranges: Tensor) -> None:
             f"attention_slices got {argument} with {wrong[0].tolist()}; a range must be [first, "
             "one after the last], of 0 or more and below 2**30."
         )
+
+
+def are_many_whole(q_ranges: Tensor, types: Tensor) -> bool:
+    """Whether slices are all whole, and more have a row in common than a mask has terms for."""
+    if len(q_ranges) <= MOST_SLICES or bool(types.any()):
+        return False
+    cuts, at = torch.unique(q_ranges, return_inverse=True)
+    steps = torch.ones_like(at)
+    steps[:, 1] = -1
+    depth = at.new_zeros(len(cuts)).index_add_(0, at.flatten(), steps.flatten())
+    return int(depth.cumsum(0).max()) > MOST_SLICES
+
+
+def counts_of_segments(q_ranges: Tensor, k_ranges: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows and keys in segments, cut where a slice begins or ends, and the slices of each pair.
+
+    Returns:
+        counts: how many whole slices keep a segment of rows and one of keys.
+        q_segment: the segment of each row; its last entry stands for all rows past the slices.
+        k_segment: the same of keys.
+    """
+    (q_cuts, q_at), (k_cuts, k_at) = (
+        torch.unique(x.long(), return_inverse=True) for x in (q_ranges, k_ranges)
+    )
+    shape = (len(q_cuts) + 1, len(k_cuts) + 1)
+    if shape[0] * shape[1] > MOST_SEGMENTS:
+        raise MaskError(
+            f"attention_slices cuts the rows into {shape[0]} segments and the keys into "
+            f"{shape[1]}; at most {MOST_SEGMENTS} pairs are allowed. Blocks of one size are a "
+            "table for block_sparse."
+        )
+    counts = torch.zeros(shape, dtype=torch.int32, device=q_ranges.device)
+    for q_side, k_side in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        step = counts.new_tensor(1 if q_side == k_side else -1).expand(len(q_at))
+        counts.index_put_((q_at[:, q_side] + 1, k_at[:, k_side] + 1), step, accumulate=True)
+    counts = counts.cumsum(0).cumsum(1)
+    segments = (
+        torch.searchsorted(cuts, torch.arange(int(cuts[-1]) + 1, device=cuts.device), right=True)
+        for cuts in (q_cuts, k_cuts)
+    )
+    q_segment, k_segment = (x.int() for x in segments)
+    return counts, q_segment, k_segment
 
 
 def keys_of_rows(
@@ -168,8 +220,7 @@ def _tracks(q_ranges: Tensor) -> tuple[Tensor, int]:
         if len(ends) > MOST_SLICES:
             raise MaskError(
                 f"attention_slices: row {first} is in {len(ends)} slices; at most {MOST_SLICES} "
-                "are allowed. Unite those that touch; blocks of one size are a table for "
-                "block_sparse."
+                "are allowed where not all are whole (type 0). Unite those that touch."
             )
     # of a power of two, some of them empty, so that few kernels serve any slices
     n_tracks = 1 << max(len(ends) - 1, 0).bit_length()

@@ -246,6 +246,18 @@ def test_bad_input_is_refused_in_a_sentence(name):
         flex_flash_attn_func(**given)
 
 
+def test_rows_of_many_whole_slices():
+    """A mask of blocks as ranges: 40 blocks of 3 keys for each of 5 blocks of 7 queries."""
+    blocks = torch.rand(5, 60) < 2 / 3
+    slices = [((7 * i, 7 * i + 7), (3 * j, 3 * j + 3), FULL) for i, j in blocks.nonzero().tolist()]
+    given = inputs(40, 190)
+    out, _ = flex_flash_attn_func(*given, *tensors_of(slices), block_sparse=True)
+    assert_same(out, expected(*given, kept_of(slices, 40, 190))[0])
+    more = [*slices, ((10, 11), slices[0][1], FULL), ((10, 11), slices[0][1], FULL)]
+    with pytest.raises(MaskError, match="the same key for row 10"):
+        flex_flash_attn_func(*given, *tensors_of(more))
+
+
 def test_slices_that_touch_share_nothing():
     """Their rows and keys meet, and no pair is in two of them."""
     slices = [((0, 10), (0, 10), CAUSAL), ((0, 10), (10, 15), FULL), ((5, 10), (15, 15), FULL)]

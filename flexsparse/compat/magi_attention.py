@@ -28,7 +28,7 @@ from flexsparse.compat.by_value import ByValue
 from flexsparse.compat.sink_logits import refuse_sink, with_sink
 from flexsparse.masks import attention_slices
 from flexsparse.masks.arguments import one_of, tensor_of
-from flexsparse.masks.ranges import keys_of_rows
+from flexsparse.masks.ranges import are_many_whole, counts_of_segments, keys_of_rows
 from flexsparse.packed.varlen import PlanKey, VarlenMask, refuse_unpacked
 from flexsparse.tensors import ScoreMod
 from flexsparse.uncompiled import uncompiled
@@ -203,19 +203,26 @@ def _refuse_shared_keys(q_ranges: Tensor, k_ranges: Tensor, attn_type_map: Tenso
     firsts, order = q_ranges[:, 0].sort()
     if bool((q_ranges[order, 1][:-1] <= firsts[1:]).all()):
         return  # no row is in two of them
-    starts, ends = keys_of_rows(q_ranges, k_ranges, attn_type_map)
-    # a range without keys shares none, wherever it is
-    is_empty = ends <= starts
-    starts, ends = starts.masked_fill(is_empty, -1), ends.masked_fill(is_empty, -1)
-    starts, order = starts.sort(0)
-    ends = ends.gather(0, order)
-    shared = (ends[:-1] > starts[1:]).any(0).nonzero()
+    if are_many_whole(q_ranges, q_ranges[:0] if attn_type_map is None else attn_type_map):
+        counts, q_segment, _ = counts_of_segments(q_ranges, k_ranges)
+        shared = (counts > 1).any(1)[q_segment.long()].nonzero()
+    else:
+        shared = _rows_with_shared_keys(*keys_of_rows(q_ranges, k_ranges, attn_type_map))
     if len(shared):
         raise MaskError(
             f"Two slices keep the same key for row {int(shared[0])}, which MagiAttention counts "
             "twice. Cut one of them, or compile flexsparse.masks.attention_slices, which keeps "
             "their union."
         )
+
+
+def _rows_with_shared_keys(starts: Tensor, ends: Tensor) -> Tensor:
+    # a range without keys shares none, wherever it is
+    is_empty = ends <= starts
+    starts, ends = starts.masked_fill(is_empty, -1), ends.masked_fill(is_empty, -1)
+    starts, order = starts.sort(0)
+    ends = ends.gather(0, order)
+    return (ends[:-1] > starts[1:]).any(0).nonzero()
 
 
 @functools.lru_cache(maxsize=PLANS_KEPT)
