@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import heapq
+import operator
 
 import torch
 from torch import Tensor
 
-from flexsparse import Index, Mask, MaskError, b, h, kv_idx, minimum, nothing, pattern, q_idx
-from flexsparse.masks.arguments import at_least, booleans, number, row_number, tensor_of
+from flexsparse import Index, Mask, MaskError, b, h, kv_idx, minimum, pattern, q_idx
+from flexsparse.masks.arguments import at_least, booleans, flag, number, row_number, tensor_of
 
 NUMBERS = {True: (1, 2), False: (2, 4)}  # FlashMask's for each key, by whether it is causal
 SLICE_TYPES = "0 (full), 1 (causal), 2 (inverse causal) or 3 (both)"
 MOST_SLICES = 32  # of one row: each is a term of the mask
+MOST_SEGMENTS = 1 << 28  # pairs of segments of rows and of keys, in a table
 
 
 @pattern
@@ -79,7 +82,8 @@ def attention_slices(
             both.
         q_offset: position of query row 0: kv_len - q_len.
 
-    Slices may overlap: their union is kept. A row of no slice sees nothing.
+    Slices may overlap: their union is kept. A row of no slice sees nothing. At most 32 may have a
+    row in common, or any number of whole ones.
 
     Source: MagiAttention (SandAI-org/MagiAttention), flex_flash_attn_func.
     """
@@ -87,24 +91,32 @@ def attention_slices(
     for argument, ranges in (("q_ranges", q_ranges), ("k_ranges", k_ranges)):
         tensor_of(name, argument, ranges, "integer", {2: "[slices, 2]"})
         _check_ranges(argument, ranges)
-    if attn_type_map is None:
-        attn_type_map = torch.zeros_like(q_ranges[:, 0])
-    tensor_of(name, "attn_type_map", attn_type_map, "integer", {1: "[slices]"})
-    if not len(q_ranges) == len(k_ranges) == len(attn_type_map):
+    types = torch.zeros_like(q_ranges[:, 0]) if attn_type_map is None else attn_type_map
+    tensor_of(name, "attn_type_map", types, "integer", {1: "[slices]"})
+    if not len(q_ranges) == len(k_ranges) == len(types):
         raise MaskError(
             f"{name} got {len(q_ranges)} q_ranges, {len(k_ranges)} k_ranges and "
-            f"{len(attn_type_map)} types; give one of each for a slice."
+            f"{len(types)} types; give one of each for a slice."
         )
-    unknown = attn_type_map[(attn_type_map < 0) | (attn_type_map > 3)]
+    unknown = types[(types < 0) | (types > 3)]
     if len(unknown):
         raise MaskError(f"{name} got a slice of type {int(unknown[0])}; it must be {SLICE_TYPES}.")
-    starts, ends = _keys_of_rows(q_ranges.long(), k_ranges.long(), attn_type_map.long())
+    row = row_number(name, q_offset)
+    if are_many_whole(q_ranges, types):
+        counts, q_segment, k_segment = counts_of_segments(q_ranges, k_ranges)
+        rows_and_keys = (
+            number(segment, minimum(place, len(segment) - 1))
+            for segment, place in ((q_segment, row), (k_segment, kv_idx))
+        )
+        return flag(counts > 0, *rows_and_keys)
+    starts, ends = keys_of_rows(q_ranges, k_ranges, attn_type_map)
     # the last entry stands for all rows past the slices
-    row = minimum(row_number(name, q_offset), starts.shape[1] - 1)
-    seen = nothing
-    for start, end in zip(starts, ends, strict=True):
-        seen = seen | (kv_idx >= number(start, row)) & (kv_idx < number(end, row))
-    return seen
+    row = minimum(row, starts.shape[1] - 1)
+    seen = [
+        (kv_idx >= number(start, row)) & (kv_idx < number(end, row))
+        for start, end in zip(starts, ends, strict=True)
+    ]
+    return functools.reduce(operator.or_, seen)
 
 
 def _check_ranges(argument: str, ranges: Tensor) -> None:
@@ -120,21 +132,76 @@ def _check_ranges(argument: str, ranges: Tensor) -> None:
         )
 
 
-def _keys_of_rows(q_ranges: Tensor, k_ranges: Tensor, types: Tensor) -> tuple[Tensor, Tensor]:
-    """The keys that each row sees, as ranges: their starts and ends, [ranges, rows + 1]."""
+def are_many_whole(q_ranges: Tensor, types: Tensor) -> bool:
+    """Whether slices are all whole, and more have a row in common than a mask has terms for."""
+    if len(q_ranges) <= MOST_SLICES or bool(types.any()):
+        return False
+    cuts, at = torch.unique(q_ranges, return_inverse=True)
+    steps = torch.ones_like(at)
+    steps[:, 1] = -1
+    depth = at.new_zeros(len(cuts)).index_add_(0, at.flatten(), steps.flatten())
+    return int(depth.cumsum(0).max()) > MOST_SLICES
+
+
+def counts_of_segments(q_ranges: Tensor, k_ranges: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows and keys in segments, cut where a slice begins or ends, and the slices of each pair.
+
+    Returns:
+        counts: how many whole slices keep a segment of rows and one of keys.
+        q_segment: the segment of each row; its last entry stands for all rows past the slices.
+        k_segment: the same of keys.
+    """
+    (q_cuts, q_at), (k_cuts, k_at) = (
+        torch.unique(x.long(), return_inverse=True) for x in (q_ranges, k_ranges)
+    )
+    shape = (len(q_cuts) + 1, len(k_cuts) + 1)
+    if shape[0] * shape[1] > MOST_SEGMENTS:
+        raise MaskError(
+            f"attention_slices cuts the rows into {shape[0]} segments and the keys into "
+            f"{shape[1]}; at most {MOST_SEGMENTS} pairs are allowed. Blocks of one size are a "
+            "table for block_sparse."
+        )
+    counts = torch.zeros(shape, dtype=torch.int32, device=q_ranges.device)
+    for q_side, k_side in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        step = counts.new_tensor(1 if q_side == k_side else -1).expand(len(q_at))
+        counts.index_put_((q_at[:, q_side] + 1, k_at[:, k_side] + 1), step, accumulate=True)
+    counts = counts.cumsum(0).cumsum(1)
+    segments = (
+        torch.searchsorted(cuts, torch.arange(int(cuts[-1]) + 1, device=cuts.device), right=True)
+        for cuts in (q_cuts, k_cuts)
+    )
+    q_segment, k_segment = (x.int() for x in segments)
+    return counts, q_segment, k_segment
+
+
+def keys_of_rows(
+    q_ranges: Tensor, k_ranges: Tensor, attn_type_map: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The keys that each row sees of slices, as ranges: their starts and ends, [ranges, rows + 1].
+
+    Where no row is in two slices, that is one range.
+    """
+    q_ranges, k_ranges = q_ranges.long(), k_ranges.long()
+    types = torch.zeros_like(q_ranges[:, 0]) if attn_type_map is None else attn_type_map.long()
     n_rows = int(q_ranges.max()) if len(q_ranges) else 0
     track, n_tracks = _tracks(q_ranges)
     lengths = q_ranges.diff().flatten()
-    slices = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
-    # how far each row is from the first row of its slice, and from the last
-    after = torch.arange(len(slices), device=lengths.device)
-    after -= (lengths.cumsum(0) - lengths)[slices]
-    before = lengths[slices] - 1 - after
-    place = track[slices], q_ranges[slices, 0] + after
+    before = lengths.cumsum(0) - lengths
+    inverse, causal = (types >= 2).long(), types % 2
+    # with the rows of all slices in one list, what the i-th sees is linear in i inside a slice
+    of_slices = (
+        track * (n_rows + 1) + q_ranges[:, 0] - before,
+        k_ranges[:, 0] - inverse * before,
+        inverse,
+        k_ranges[:, 1] - causal * (before + lengths - 1),
+        causal,
+    )
+    i = torch.arange(int(lengths.sum()), device=lengths.device)
+    of_rows = torch.stack(of_slices, 1).repeat_interleave(lengths, 0, output_size=len(i))
+    place, start, start_step, end, end_step = of_rows.unbind(1)
     starts, ends = q_ranges.new_zeros(2, n_tracks, n_rows + 1, dtype=torch.int32)
-    first, end = k_ranges[slices].unbind(1)
-    starts[place] = (first + (types >= 2)[slices] * after).int()
-    ends[place] = (end - (types % 2)[slices] * before).int()
+    starts.view(-1)[place + i] = (start + start_step * i).int()
+    ends.view(-1)[place + i] = (end + end_step * i).int()
     return starts, ends
 
 
@@ -153,8 +220,7 @@ def _tracks(q_ranges: Tensor) -> tuple[Tensor, int]:
         if len(ends) > MOST_SLICES:
             raise MaskError(
                 f"attention_slices: row {first} is in {len(ends)} slices; at most {MOST_SLICES} "
-                "are allowed. Unite those that touch; blocks of one size are a table for "
-                "block_sparse."
+                "are allowed where not all are whole (type 0). Unite those that touch."
             )
     # of a power of two, some of them empty, so that few kernels serve any slices
     n_tracks = 1 << max(len(ends) - 1, 0).bit_length()

@@ -54,7 +54,8 @@ from flexsparse.masks import (
 INTS = torch.arange(4)
 BITS = INTS > 1
 RANGES = INTS.view(2, 2)
-APART = torch.tensor([[0, 1]] * 33), torch.arange(66).view(33, 2) * 2
+SCATTERED = torch.stack([torch.zeros(20_000).int(), torch.arange(1, 20_001)], 1)
+APART = torch.tensor([[0, 1]] * 33), torch.arange(66).view(33, 2) * 2, torch.tensor([1] + [0] * 32)
 ERRORS = [
     (lambda: window(0), "sees no key"),
     (lambda: window(2.0), r"window\(size=2.0\): size must be an int of 1 or more"),
@@ -146,7 +147,8 @@ ERRORS = [
     (lambda: attention_slices(RANGES, RANGES - 1), r"k_ranges with \[-1, 0\]"),
     (lambda: attention_slices(RANGES, RANGES[:1]), "2 q_ranges, 1 k_ranges and 2 types"),
     (lambda: attention_slices(RANGES, RANGES, INTS[3:].repeat(2) + 1), "slice of type 4"),
-    (lambda: attention_slices(*APART), "row 0 is in 33 slices; at most 32 .* block_sparse"),
+    (lambda: attention_slices(SCATTERED, SCATTERED), "segments and .* at most 268435456 pairs"),
+    (lambda: attention_slices(*APART), "row 0 is in 33 slices; at most 32 .* not all are whole"),
     (lambda: shared_prefix([0, 2, 4], [0.5, 0]), "prefix_of = list"),
     (lambda: duo_attention(3), r"full_attention_heads=3\): give one number of 0 to 1"),
     (lambda: duo_attention([0.5], threshold="x"), "threshold must be a number"),

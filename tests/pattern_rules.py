@@ -939,6 +939,9 @@ case(
     lambda q, k: q in (2, 3) and k in (1, 2),
     name="attention_slices, no types",
 )
+MANY = [([i % 7, i % 7 + i % 4], [i % 19, i % 19 + i % 5], 0) for i in range(300)]
+attention_slices_case(MANY, "hundreds, all whole")
+attention_slices_case(MANY, "hundreds, fewer queries than keys", 12)
 NO_SLICE = torch.empty(0, 2, dtype=torch.int32)
 case(attention_slices(NO_SLICE, NO_SLICE), lambda q, k: False, name="attention_slices, none")
 

@@ -10,6 +10,8 @@ from pretend_cuda import pretend_cuda
 import flexsparse as fs
 from flexsparse import kv_idx
 from flexsparse.compat.block_sparse_attn import block_sparse_attn_func, token_streaming_attn_func
+from flexsparse.compat.flashmask import flashmask_attention
+from flexsparse.compat.magi_attention import flex_flash_attn_func
 from flexsparse.executors import flash, flex, streaming
 from flexsparse.masks import (
     block_sparse,
@@ -272,6 +274,41 @@ def test_documents_in_a_mask_stream(cuda, monkeypatch):
         expected = attend(IDS, "cpu")(*host, return_lse=True, executor="reference")
     for x, y in zip(mine, expected, strict=True):
         close(x, y)
+
+
+def slices_of_documents(q, k, v, ends, sink):
+    """MagiAttention's function on causal documents; heads first, as the others."""
+    ranges = torch.stack([ends[:-1], ends[1:]], 1)
+    types = torch.ones_like(ends[1:])
+    q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
+    out, meta = flex_flash_attn_func(q, k, v, ranges, ranges, types, sink=sink[None])
+    return out.transpose(0, 1), meta.lse.T
+
+
+def indices_of_documents(q, k, v, ends, sink):
+    """FlashMask's function on causal documents."""
+    rows = ends[1:].repeat_interleave(ends.diff()).view(1, 1, N, 1)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    options = {"causal": True, "return_softmax_lse": True, "learnable_sink": sink}
+    out, lse = flashmask_attention(q, k, v, rows, **options)
+    return out[0].transpose(0, 1), lse[0]
+
+
+@pytest.mark.parametrize("call", [slices_of_documents, indices_of_documents])
+def test_documents_in_the_languages_of_other_kernels_stream(cuda, monkeypatch, call):
+    host, tensors, _ = cuda
+    with torch.device("cpu"):
+        ends = torch.tensor([0, 70, 140, 210, 280, N], dtype=torch.int32)
+        sink = torch.randn(4)
+        expected = call(host[0].requires_grad_(), *host[1:], ends, sink)
+    ran = []
+    monkeypatch.setattr(streaming, "run", lambda *x, **y: ran.append(x) or streaming_run(*x, **y))
+    mine = call(*tensors, ends.to("cuda"), sink.to("cuda"))
+    for x, y in zip(mine, expected, strict=True):
+        close(x, y.detach())
+    ((_, _, _, sinks, windows, positions),) = ran
+    assert positions[0].tolist() == ends.tolist()
+    assert (sinks.tolist(), windows.unique().tolist()) == ([0] * 4, [70])
 
 
 def test_block_sparse_attentions_token_streaming_streams(cuda, monkeypatch):

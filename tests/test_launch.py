@@ -13,7 +13,15 @@ from flexsparse.analysis.cells import Grid
 from flexsparse.dropout import Dropout, is_kept
 from flexsparse.executors import flash, flex, flex_kernels
 from flexsparse.launch import EXECUTORS
-from flexsparse.masks import causal, packed, same_document, sink, window
+from flexsparse.masks import (
+    attention_slices,
+    causal,
+    flashmask,
+    packed,
+    same_document,
+    sink,
+    window,
+)
 
 CPU = torch.device("cpu")
 ENDS = torch.tensor([0, 5, 6, 20])
@@ -99,6 +107,11 @@ def test_merged_heads_read_their_own_keys(n_kv_heads):
 # ---- FlashAttention
 
 
+STARTS, DOCUMENT_ENDS = (x.repeat_interleave(ENDS.diff()) for x in (ENDS[:-1], ENDS[1:]))
+SLICES = torch.stack([ENDS[:-1], ENDS[1:]], 1)
+FULL, CAUSAL, INVERSE = (torch.full((3,), kind) for kind in range(3))
+ROWS = torch.stack([DOCUMENT_ENDS, STARTS], 1)[None, None]
+
 BANDS = [
     (everything, grid(), (-1, -1, None)),
     (causal, grid(), (-1, 0, None)),
@@ -115,6 +128,14 @@ BANDS = [
     (packed(ENDS, inner=causal & window(4)), grid(), (3, 0, ENDS)),
     (packed(ENDS, inner=causal & (sink(1) | window(4))), grid(), None),
     (packed(ENDS, inner=causal & (kv_idx < 3)), grid(), None),
+    (flashmask(ROWS[..., :1], True), grid(), (-1, 0, ENDS)),
+    (flashmask(ROWS[..., :1], True) & window(4), grid(), (3, 0, ENDS)),
+    (flashmask(ROWS), grid(), (-1, -1, ENDS)),
+    (flashmask(ROWS[..., :1].flip(2), True), grid(), None),
+    (attention_slices(SLICES, SLICES, CAUSAL), grid(), (-1, 0, ENDS)),
+    (attention_slices(SLICES, SLICES, FULL), grid(), (-1, -1, ENDS)),
+    (attention_slices(SLICES, SLICES, INVERSE), grid(), (0, -1, ENDS)),
+    (attention_slices(SLICES, SLICES.flip(0), FULL), grid(), None),
     (causal & same_document(IDS.flip(0)[torch.tensor([0, 19] + [5] * 18)]), grid(), None),
     (causal & (sink(2) | window(3)), grid(), None),
     (causal & sink(2), grid(), None),
@@ -314,6 +335,9 @@ def cuda_launch(mask, q_len, kv_len):
         (causal & sink(4), "streaming"),
         (packed(300 * ENDS // 20), "flash"),
         (packed(300 * ENDS // 20, inner=causal & (sink(4) | window(64))), "streaming"),
+        (flashmask(15 * ROWS[..., :1].repeat_interleave(15, 2), True), "flash"),
+        (attention_slices(15 * SLICES, 15 * SLICES, CAUSAL), "flash"),
+        (attention_slices(*[15 * SLICES[:2]] * 2, CAUSAL[:2]), "flex"),  # and rows of none
         (causal & same_document(IDS.repeat(15)) & (sink(4) | window(64)), "flex"),
         (causal & (q_idx % 2).equals(0), "flex"),
     ],

@@ -1,5 +1,8 @@
 """Masks in the terms that dense and streaming kernels know, and masks of one structure as one."""
 
+import functools
+import operator
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -149,7 +152,8 @@ def of_documents(mask):
         ((SAME & causal) | (SAME & window(2)), None),
         (same_document(IDS[INDEX % 5]) & causal, None),  # documents in several runs
         (lookup(IDS, q_idx).equals(lookup(IDS + 1, kv_idx)) & causal, None),
-        (SAME & (lookup(POSITIONS + 1, q_idx) >= KV), None),
+        (SAME & (lookup(POSITIONS + 1, q_idx) >= KV), (Term(far_lo=-1),)),
+        (SAME & (lookup(POSITIONS // 2, q_idx) >= KV), None),
     ],
     ids=str,
 )
@@ -169,6 +173,86 @@ in_documents = st.recursive(
     combined,
     max_leaves=5,
 )
+
+STARTS, LASTS = (x.repeat_interleave(ENDS.diff()) for x in (ENDS[:-1], ENDS[1:] - 1))
+FROM_ITS_START = kv_idx >= lookup(STARTS, q_idx)
+UP_TO_ITS_END = kv_idx <= lookup(LASTS, q_idx)
+BEFORE_ITS_END = q_idx < lookup(LASTS + 1, kv_idx)
+AFTER_ITS_START = q_idx >= lookup(STARTS, kv_idx)
+BOTH = (Term(far_lo=0, far_hi=2), Term(key_hi=1, far_lo=0))
+
+
+@pytest.mark.parametrize(
+    ("mask", "expected"),
+    [
+        (FROM_ITS_START & UP_TO_ITS_END, (Term(),)),
+        (BEFORE_ITS_END & AFTER_ITS_START, (Term(),)),
+        (FROM_ITS_START & AFTER_ITS_START, (Term(),)),
+        (causal & FROM_ITS_START, (Term(far_lo=0),)),
+        (BEFORE_ITS_END & causal, (Term(far_lo=0),)),
+        (BEFORE_ITS_END & window(3) & causal, (Term(far_lo=0, far_hi=2),)),
+        (BEFORE_ITS_END & causal & (window(3) | (KV < 2)), BOTH),
+        (FROM_ITS_START & (kv_idx < lookup(INDEX + 1, q_idx)), (Term(far_lo=0),)),
+        ((kv_idx >= lookup(INDEX, q_idx)) & UP_TO_ITS_END, (Term(far_hi=0),)),
+        (FROM_ITS_START & (kv_idx <= lookup(INDEX - 1, q_idx)), (Term(far_lo=1),)),
+        (BEFORE_ITS_END & (q_idx >= lookup(INDEX + 2, kv_idx)), (Term(far_lo=2),)),
+        (FROM_ITS_START & UP_TO_ITS_END & (Q >= KV), (Term(far_lo=0),)),
+        (FROM_ITS_START & (kv_idx < lookup(LASTS, q_idx)), None),  # hides its last
+        (FROM_ITS_START, None),  # sees later documents
+        (BEFORE_ITS_END, None),
+        (UP_TO_ITS_END & causal, None),
+        (AFTER_ITS_START & causal, None),
+        (FROM_ITS_START & BEFORE_ITS_END, None),  # both hide earlier documents
+        (FROM_ITS_START | causal, None),
+        (causal & (kv_idx >= lookup(STARTS - 1, q_idx)), None),  # a token of the one before
+        (causal & (q_idx <= lookup(LASTS + 1, kv_idx)), None),
+        (causal & (kv_idx >= lookup(STARTS // 2, q_idx)), None),
+        (causal & FROM_ITS_START & (kv_idx < 4), None),  # places, not positions
+        (causal & FROM_ITS_START & (kv_idx >= lookup(STARTS + 1, q_idx)), None),
+    ],
+    ids=str,
+)
+def test_masks_are_recognised_by_where_documents_begin_and_end(mask, expected):
+    assert of_documents(mask) == expected
+
+
+def a_table(draw):
+    """A table that says where documents begin or end, nearly, or something else."""
+    cuts = draw(st.sets(st.integers(1, LENGTH - 1), max_size=4))
+    lengths = torch.tensor([0, *sorted(cuts), LENGTH]).diff()
+    ends = lengths.cumsum(0)
+    table = draw(st.sampled_from([ends - lengths, ends, ends - 1])).repeat_interleave(lengths)
+    if draw(st.booleans()):
+        return table
+    place = draw(st.integers(0, LENGTH - 1))
+    return table.index_fill(0, torch.tensor([place]), draw(st.integers(0, LENGTH)))
+
+
+@st.composite
+def bounds(draw):
+    """A comparison of a token with an entry of a table at the other."""
+    one, other = draw(st.sampled_from([(q_idx, kv_idx), (kv_idx, q_idx)]))
+    entry = lookup(a_table(draw), other)
+    return draw(st.sampled_from([one <= entry, one < entry, one >= entry, one > entry]))
+
+
+DOCUMENTS = st.sampled_from([FROM_ITS_START, UP_TO_ITS_END, BEFORE_ITS_END, AFTER_ITS_START])
+
+
+@settings(max_examples=600)
+@given(st.lists(st.one_of(bounds(), DOCUMENTS, in_documents), min_size=1, max_size=4))
+def test_sequences_found_by_their_bounds_are_all_that_the_mask_keeps(conditions):
+    mask = functools.reduce(operator.and_, conditions)
+    sequences = sequences_of(mask, LENGTH)
+    if sequences is None:
+        return
+    kept = mask(*PAIRS).expand(LENGTH, LENGTH)
+    lengths = sequences.cu_seqlens.diff().tolist()
+    assert not (kept & ~torch.block_diag(*(torch.ones(n, n) for n in lengths)).bool()).any()
+    union = terms(mask, sequences)
+    if union is not None:
+        alone = torch.block_diag(*(dense(union)[:n, :n] for n in lengths)).bool()
+        assert alone.equal(kept)
 
 
 @settings(max_examples=400)

@@ -9,17 +9,20 @@ Recognition goes by this form and not by how the mask was written, so `causal & 
 
 Where the tokens are packed sequences, q_idx and kv_idx are here positions in a sequence. The mask
 reads these from tables; of its own q_idx and kv_idx, places in the pack, the distance is the same.
+What every pair of one sequence meets is no bound.
 """
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from flexsparse.analysis.sequences import Sequences, documents_of
-from flexsparse.expr import Mask
+from flexsparse.analysis.sequences import Sequences, documents_of, values_at
+from flexsparse.expr import Mask, everything
 from flexsparse.tree import Expr
-from flexsparse.walks import postorder
+from flexsparse.walks import conjuncts, postorder
 
 FAR = 1 << 62  # no bound
 MAX_TERMS = 16
@@ -70,10 +73,14 @@ def terms(mask: Mask, sequences: Sequences | None = None) -> Union | None:
     """
     lines: dict[int, Line | None] = {}
     unions: dict[tuple[int, bool], Union | None] = {}
+    ids = None if sequences is None else sequences.ids
+    if sequences is not None and sequences.always:
+        more = [x for x in conjuncts(mask) if not any(x is met for met in sequences.always)]
+        mask = functools.reduce(operator.and_, more, everything)
     for node in postorder(mask):
         if isinstance(node, Mask):
             for wanted in (True, False):
-                if sequences is not None and documents_of(node) == sequences.ids:
+                if ids is not None and documents_of(node) == ids:
                     unions[id(node), wanted] = (Term(),) if wanted else ()
                 else:
                     unions[id(node), wanted] = _union(node, wanted, unions, lines)
@@ -153,13 +160,8 @@ def _line(
     if index.op in ("q_idx", "kv_idx"):
         is_q = index.op == "q_idx"
         return Line(int(is_q), int(not is_q), int(sequences is not None), 0)
-    if index.op == "lookup" and len(index.args) == 1 and index.args[0].op in ("q_idx", "kv_idx"):
-        of_place = lines[id(index.args[0])]
-        if of_place is None or sequences is None or not sequences.numbers_tokens(index.payload):
-            return None
-        return of_place._replace(start=0)
     if index.op not in ("+", "-", "*"):
-        return None
+        return None if sequences is None else _line_of_values(index, sequences)
     a, b = (lines[id(arg)] for arg in index.args)
     if a is None or b is None:
         return None
@@ -169,6 +171,19 @@ def _line(
         return Line(*(x + y for x, y in zip(a, b, strict=True)))
     a, b = (a, b) if b[:3] == (0, 0, 0) else (b, a)
     return Line(*(x * b.constant for x in a)) if b[:3] == (0, 0, 0) else None
+
+
+def _line_of_values(index: Expr, sequences: Sequences) -> Line | None:
+    """An expression of one token that is its position or its place, read from a table, say."""
+    values = values_at(index, sequences.places)
+    if values is None:
+        return None
+    is_q = "q_idx" in index.variables
+    for start, numbers in ((0, sequences.positions), (1, sequences.places)):
+        more = values - numbers
+        if bool((more == more[0]).all()):
+            return Line(int(is_q), int(not is_q), start, int(more[0]))
+    return None
 
 
 def _difference(a: Line | None, b: Line | None) -> Line | None:
