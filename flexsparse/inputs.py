@@ -49,6 +49,8 @@ def mismatch(compiled: CompiledMask, q: Tensor, k: Tensor, v: Tensor) -> str | N
         ("k", k_len, compiled.kv_len, "kv_len"),
         ("v", v_len, compiled.kv_len, "kv_len"),
     ):
+        if not n:
+            return f"{name} has length 0; it must be of 1 token or more."
         if n != compiled_n:
             return (
                 f"{name} has length {n} but this mask was compiled for {what}={compiled_n}. "

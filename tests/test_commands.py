@@ -1,6 +1,7 @@
 """The command line, called as a user calls it."""
 
 import io
+import os
 import re
 import sys
 import types
@@ -187,6 +188,24 @@ def test_ctrl_c_ends_without_a_traceback(monkeypatch, capsys):
     monkeypatch.setattr("flexsparse.commands.show.read_heads", interrupted)
     assert main(["show", "causal", "--len", "64"]) == 130
     assert capsys.readouterr().err.strip() == "flexsparse: stopped."
+
+
+def test_a_stdout_that_is_closed_takes_nothing(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdout", None)  # as Python makes it, of `>&-` and without a console
+    assert main(["show", "causal", "--len", "64"]) == 0
+    sys.stdout.close()
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a disk that is full")
+def test_a_full_disk_is_one_message(monkeypatch, capsys):
+    with open("/dev/full", "w") as full_disk:
+        monkeypatch.setattr("sys.stdout", full_disk)
+        assert main(["show", "causal", "--len", "64"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("flexsparse: ")
+    assert "No space left on device" in error
+    assert error.count("\n") == 1
 
 
 def test_a_missing_package_is_named_with_its_install_command(monkeypatch, capsys):

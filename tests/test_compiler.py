@@ -512,6 +512,8 @@ CALL_MISTAKES = [
     (lambda q, k, v: (q[..., :0], k[..., :0], v), r"q is \(1, 4, 64, 0\); .* 1 or more"),
     (lambda q, k, v: (q, k, v[..., :0]), r"v is \(1, 4, 64, 0\); .* 1 or more"),
     (lambda q, k, v: (q[:, :0], k, v), r"q is \(1, 0, 64, 32\); .* 1 or more"),
+    (lambda q, k, v: (q[:, :, :0], k, v), "q has length 0; .* 1 token or more"),
+    (lambda q, k, v: (q, k, v[:, :, :0]), "v has length 0; .* 1 token or more"),
 ]
 
 

@@ -296,6 +296,22 @@ def test_without_a_c_compiler_blockwise_runs(monkeypatch):
         attend(q, k, v, executor="flex")
 
 
+@pytest.mark.parametrize("variable", ["TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE"])
+def test_with_torch_compile_switched_off_blockwise_runs(monkeypatch, variable):
+    assert flex._switched_off() is None
+    monkeypatch.setenv(variable, "1")
+    reason = flex._switched_off()
+    assert f"{variable}=1 switches torch.compile off" in reason
+    monkeypatch.setattr(flex, "_SWITCHED_OFF", reason)
+    attend = compile_mask(causal & window(9), 200, 200)
+    assert attend.launches[0].usual_executor == "blockwise"
+    assert reason in str(attend)
+    q, k, v = inputs(2, 2, 200)
+    torch.testing.assert_close(attend(q, k, v), attend(q, k, v, executor="reference"))
+    with pytest.raises(ExecutorError, match=r"switches torch\.compile off.*choose blockwise"):
+        attend(q, k, v, executor="flex")
+
+
 def test_on_a_mac_blockwise_runs(monkeypatch):
     monkeypatch.setattr("sys.platform", "darwin")
     assert "x86 processor with AVX2" in flex._missing_on_cpu()

@@ -2,14 +2,17 @@
 
 import functools
 import operator
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from torch._inductor.exc import CppCompileError, InductorError
 from torch.nn.attention import flex_attention as torch_flex
 from torch.nn.functional import scaled_dot_product_attention
 
-from flexsparse import compile_mask, kv_idx, per_head, q_idx
+from flexsparse import ExecutorError, compile_mask, kv_idx, per_head, q_idx
 from flexsparse.executors import flex_kernels
 from flexsparse.masks import causal, chunked, dilated, sink, strided, window
 
@@ -134,6 +137,45 @@ def test_eleven_sizes_of_blocks_pass_the_limit_of_dynamo(traced, graphs):
 def test_a_compiler_that_is_switched_off_is_an_error(traced):
     with torch.compiler.set_stance("force_eager"), pytest.raises(RuntimeError, match="blockwise"):
         compile_mask(causal & window(70), 300, 300)(*inputs(3), executor="flex")
+
+
+def test_what_fails_once_is_compiled_for_all_lengths_afterwards(traced, graphs, monkeypatch):
+    """A disk that is full for a while must not cost a kernel for each length from then on."""
+    q, k, v = inputs(3)
+    attend = compile_mask(causal & window(70), 300, 300)
+    printed = "\nfatal error: No space left on device\ncompilation terminated."
+
+    def on_a_full_disk(*_):
+        raise InductorError(CppCompileError(["g++", "kernel.cpp"], printed), None)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(flex_kernels, "_compile", lambda *_: on_a_full_disk)
+        with pytest.raises(ExecutorError, match=r"No space left.*executor=\"blockwise\"") as failed:
+            attend(q, k, v, executor="flex")
+    assert isinstance(failed.value.__cause__, InductorError)
+    assert not flex_kernels._kernels
+    for n in (300, 200, 150):
+        few = [x[:, :, :n].contiguous() for x in (q, k, v)]
+        attend.at(n, n)(*few, executor="flex")
+    assert graphs() == 1
+
+
+def test_threads_in_which_one_kernel_fails_read_the_same_error(traced, monkeypatch):
+    attend = compile_mask(causal & window(70), 300, 300)
+    q, k, v = inputs(3)
+    together = threading.Barrier(2, timeout=60)
+
+    def failing(*_):
+        together.wait()
+        raise InductorError(RuntimeError("no such kernel"), None)
+
+    # both have the kernel before either takes it out
+    monkeypatch.setattr(flex_kernels, "_compile", lambda *_: failing)
+    with ThreadPoolExecutor(2) as threads:
+        calls = [threads.submit(attend, q, k, v, executor="flex") for _ in range(2)]
+        for call in calls:
+            with pytest.raises(ExecutorError, match="no such kernel"):
+                call.result()
 
 
 def test_equal_lengths_are_not_tied_by_a_later_compilation(traced, graphs):

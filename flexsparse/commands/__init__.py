@@ -22,6 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for command in (show, run, demo, bench, eval, search):
         command.add_to(commands)
     args = parser.parse_args(argv)
+    if sys.stdout is None:  # closed, or of a program without a console
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     try:
         status: int = args.command(args)
         sys.stdout.flush()
@@ -33,6 +35,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\nflexsparse: stopped.", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # the reader, `head` for instance, has seen enough; keep the exit from flushing into it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # the reader, `head` for instance, has seen enough
+        _write_no_more()
         return 0
+    except OSError as error:
+        _write_no_more()
+        print(f"flexsparse: {error}", file=sys.stderr)
+        return 2
+
+
+def _write_no_more() -> None:
+    """Keep the exit from flushing into a stdout that takes nothing."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

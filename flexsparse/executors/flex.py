@@ -29,12 +29,23 @@ def _missing_on_cpu() -> str | None:
     return None
 
 
-_MISSING_ON_CPU = _missing_on_cpu()  # looked up once: torch.compile takes it as a constant
+def _switched_off() -> str | None:
+    for variable in ("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE"):
+        if os.environ.get(variable) == "1":
+            return (
+                f"{variable}=1 switches torch.compile off, and without it flex_attention is dense"
+            )
+    return None
+
+
+# looked up once: torch.compile takes them as constants
+_MISSING_ON_CPU = _missing_on_cpu()
+_SWITCHED_OFF = _switched_off()
 
 
 def missing(device: torch.device) -> str | None:
     """Why flex_attention cannot be compiled on this machine, as a sentence, or None if it can."""
-    return _MISSING_ON_CPU if device.type == "cpu" else None
+    return _SWITCHED_OFF or (_MISSING_ON_CPU if device.type == "cpu" else None)
 
 
 def unsupported(
@@ -49,6 +60,8 @@ def unsupported(
     """Why flex_attention cannot run these inputs, as a sentence, or None if it can."""
     if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack():
         return "a TorchDispatchMode is on, which turns torch.compile off"
+    if _SWITCHED_OFF is not None:
+        return _SWITCHED_OFF
     if q.is_cpu:
         if _MISSING_ON_CPU is not None:
             return _MISSING_ON_CPU

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.attention import flex_attention as torch_flex
 from torch.nn.attention.flex_attention import BlockMask
 
+from flexsparse.errors import ExecutorError
 from flexsparse.executors import flex_cpu
 from flexsparse.tensors import ScoreMod
 
@@ -42,8 +43,8 @@ def call(
     if score_mod is not None:
         _fix_table_lengths(score_mod)
     structure = _structure(q, k, v, block_mask, score_mod, return_lse, hints)
+    is_fixed = structure in _fixed_lengths
     while True:
-        is_fixed = structure in _fixed_lengths
         key = (structure, (q.shape, k.shape) if is_fixed else None)
         kernel = _kernels.get(key)
         is_new = kernel is None
@@ -58,18 +59,23 @@ def call(
         # at every call, since any may compile: a guard fails
         tie_equal_lengths = _untie_equal_lengths()
         try:
-            return kernel(*arguments)  # type: ignore[no-any-return]
+            result = kernel(*arguments)
         except _gave_up():
             # dynamo met its limit of recompilations for this function; a new one has a new limit
-            del _kernels[key]
+            _kernels.pop(key, None)  # another thread may have taken it out
             if is_new:
                 raise
-        except _compile_error():
-            # some masks and score_mods do not compile in C++ with lengths as data (torch 2.13)
-            del _kernels[key]
+        except _compile_error() as error:
+            _kernels.pop(key, None)
             if not q.is_cpu or is_fixed:
-                raise
-            _fixed_lengths.add(structure)
+                raise ExecutorError(_no_kernel(error)) from error
+            # some masks and score_mods do not compile in C++ with lengths as data (torch 2.13)
+            is_fixed = True
+        else:
+            if is_fixed:
+                # not before: what fails either way, as on a full disk, says nothing of lengths
+                _fixed_lengths.add(structure)
+            return result  # type: ignore[no-any-return]
         finally:
             tie_equal_lengths()
 
@@ -127,6 +133,18 @@ def _compile_error() -> type[Exception]:
     from torch._inductor.exc import InductorError  # takes a second to import
 
     return InductorError
+
+
+def _no_kernel(error: Exception) -> str:
+    """That torch compiled no kernel, and the fix; torch's own text takes hundreds of lines."""
+    # of a C++ compiler, what it printed says why, and not the command before it
+    lines = (str(error).partition("\nOutput:\n")[2] or str(error)).splitlines()
+    why = next((line.strip(" :") for line in lines if line.strip()), type(error).__name__)
+    return (
+        f"torch.compile made no kernel of flex_attention for this call ({why}; its own error "
+        'comes before this one). Take executor="blockwise", which compiles nothing and gives the '
+        "same."
+    )
 
 
 def _fix_table_lengths(mod: Any) -> None:
