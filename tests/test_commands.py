@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import runpy
 import sys
 import types
 
@@ -179,6 +180,14 @@ def test_arguments_that_argparse_refuses_exit_with_2(argv, capsys):
         main(argv)
     assert stop.value.code == 2
     assert "usage: flexsparse" in capsys.readouterr().err
+
+
+def test_python_runs_it_as_a_module(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["flexsparse", "show", "causal", "--len", "64"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("flexsparse", run_name="__main__")
+    assert stop.value.code == 0
+    assert "CompiledMask" in capsys.readouterr().out
 
 
 def test_ctrl_c_ends_without_a_traceback(monkeypatch, capsys):

@@ -41,6 +41,7 @@ ORDER = [
     {"compat", "plan", "plan_json", "plan_files", "integrations"},
     {"benchmark", "fidelity", "search"},
     {"__init__", "commands"},
+    {"__main__"},
 ]
 # folders whose modules have places of their own in this order
 STAGES = ("analysis", "packed", "questions")
