@@ -14,6 +14,7 @@ from flexsparse.analysis.pyramid import Pyramid
 from flexsparse.analysis.reached import block_variables, bound_blocks, reached_reading
 from flexsparse.analysis.validate import problem
 from flexsparse.analysis.whole import leaves_int64, whole_bounds
+from flexsparse.expr import Index
 from flexsparse.masks import block_sparse, causal, chunked, sink, strided, window
 from flexsparse.tensors import TENSOR_READING
 from flexsparse.tree import VARIABLES, evaluate
@@ -168,6 +169,8 @@ def test_what_a_mask_is_said_to_be_somewhere_it_is(mask, grid):
         lookup(COLUMNS, kv_idx) | lookup(COLUMNS, q_idx),
         lookup(COLUMNS, maximum(q_idx - kv_idx, 0)),
         q_idx - kv_idx < lookup(torch.tensor([70, 200]), h),
+        kv_idx < h * 70 + 3,
+        Index("narrow", (q_idx - kv_idx,), torch.int16) < 100,
         block_sparse(BLOCKS, 64),
         kv_idx < lookup(torch.arange(512) * 3 // 2, q_idx),
     ],
