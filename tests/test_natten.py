@@ -412,9 +412,10 @@ def test_gradients_pass_through_a_compiled_model(order):
         (NeighborhoodAttention3D, (4, 5, 6)),
     ],
 )
-def test_modules_project_attend_and_project(module, shape):
+@pytest.mark.parametrize("scale", [0.3, None])
+def test_modules_project_attend_and_project(module, shape, scale):
     rank = len(shape)
-    layer = module(12, 3, 3, 2, (1,) * rank, (True, *OFF[1:rank]), qk_scale=0.3)
+    layer = module(12, 3, 3, 2, (1,) * rank, (True, *OFF[1:rank]), qk_scale=scale)
     shapes = {name: tuple(x.shape) for name, x in layer.state_dict().items()}
     assert shapes == {
         "qkv.weight": (36, 12),
@@ -426,7 +427,7 @@ def test_modules_project_attend_and_project(module, shape):
     q, k, v = (x @ layer.qkv.weight.T + layer.qkv.bias).view(2, *shape, 3, 3, 4).unbind(-3)
     numbers = ((3,) * rank, (2,) * rank, (1,) * rank, (True, *OFF[1:rank]))
     keys, values = (y.flatten(1, rank) for y in (k, v))
-    out, _ = attend_densely(q, keys, values, kept_densely(shape, *numbers), 0.3)
+    out, _ = attend_densely(q, keys, values, kept_densely(shape, *numbers), scale)
     expected = out.reshape(2, *shape, 12) @ layer.proj.weight.T + layer.proj.bias
     torch.testing.assert_close(layer(x), expected)
     assert f"head_dim=4, num_heads=3, kernel_size={numbers[0]}, stride={numbers[1]}" in str(layer)
