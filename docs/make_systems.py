@@ -377,7 +377,13 @@ SYSTEMS = [
         "",
         "three softmaxes, mixed by learned gates: three masks, one of them over pooled keys",
     ),
-    System("NATTEN", EXACT, "`neighborhood`", "1-D to 3-D, stride, dilation, causal axes"),
+    System(
+        "NATTEN",
+        EXACT,
+        "`neighborhood`",
+        "1-D to 3-D, stride, dilation, causal axes; its functions and modules are in "
+        "flexsparse.compat.natten",
+    ),
     System(
         "Orion-MSP",
         EXACT,
