@@ -15,13 +15,13 @@ import torch
 
 import flexsparse
 from flexsparse import MaskError
-from flexsparse.compat import dkernel_call
 from flexsparse.compat.dkernel import (
     LocalStrideSparseAttention,
     SparseAttention,
     combine_attn_partitions,
     get_sparse_attn_mask,
 )
+from flexsparse.compat.dkernel import call as dkernel_call
 
 
 def keeps_block(head, q_block, kv_block, *, heads, local, stride, causal=True, **rest):

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from flexsparse import MaskError
-from flexsparse.compat import natten, natten_call, natten_plan
+from flexsparse.compat import natten
 from flexsparse.compat.natten import (
     NeighborhoodAttention1D,
     NeighborhoodAttention2D,
@@ -23,7 +23,9 @@ from flexsparse.compat.natten import (
     na3d,
     neighborhood_attention_generic,
 )
-from flexsparse.compat.natten_axes import Axis
+from flexsparse.compat.natten import call as natten_call
+from flexsparse.compat.natten import plan as natten_plan
+from flexsparse.compat.natten.axes import Axis
 
 FUNCTIONS = {1: na1d, 2: na2d, 3: na3d}
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from flexsparse import CompiledMask, Mask, compile_mask, kv_idx, lookup, q_idx
-from flexsparse.compat.natten_axes import Axis
+from flexsparse.compat.natten.axes import Axis
 from flexsparse.default_device import cpu_by_default
 from flexsparse.masks import causal, full, neighborhood
 

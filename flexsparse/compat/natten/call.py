@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flexsparse import MaskError
-from flexsparse.compat.natten_plan import Plan, plan
+from flexsparse.compat.natten.plan import Plan, plan
 from flexsparse.masks.arguments import booleans, sizes
 
 PLANS_KEPT = 64

@@ -21,7 +21,7 @@ from flexsparse import (
     maximum,
     q_idx,
 )
-from flexsparse.compat import dkernel_inputs as inputs
+from flexsparse.compat.dkernel import inputs
 from flexsparse.packed.varlen import varlen
 from flexsparse.text import shown
 

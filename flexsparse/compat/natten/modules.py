@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from flexsparse import MaskError
-from flexsparse.compat.natten_call import attend, numbers_of_axes
+from flexsparse.compat.natten.call import attend, numbers_of_axes
 from flexsparse.masks.arguments import at_least
 
 

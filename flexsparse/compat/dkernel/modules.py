@@ -1,12 +1,4 @@
-"""S2-Attention's modules (the package dkernel): change the import and keep the script.
-
-    from dkernel import LocalStrideSparseAttention                      # before
-    from flexsparse.compat.dkernel import LocalStrideSparseAttention    # after
-
-Names, order and defaults of the arguments are theirs. Added are chunked prefill, gradients and the
-LSE for packed and padded sequences too, any device, block_size and head_dim, and rows without keys:
-their output is 0 and their LSE -inf.
-"""
+"""S2-Attention's modules: attention by a table of blocks, or by strides."""
 
 from __future__ import annotations
 
@@ -16,20 +8,12 @@ from typing import Any
 from torch import Tensor
 
 from flexsparse import Mask, MaskError, PerHead, h, per_head
-from flexsparse.compat import dkernel_inputs as inputs
-from flexsparse.compat.dkernel_call import BlockAttention
-from flexsparse.compat.dkernel_patterns import combine_attn_partitions, get_sparse_attn_mask
+from flexsparse.compat.dkernel import inputs
+from flexsparse.compat.dkernel.call import BlockAttention
 from flexsparse.masks import block_sparse, s2_attention
 from flexsparse.masks import causal as causal_mask
 from flexsparse.masks.arguments import at_least
 from flexsparse.tensors import counting_writes
-
-__all__ = [
-    "LocalStrideSparseAttention",
-    "SparseAttention",
-    "combine_attn_partitions",
-    "get_sparse_attn_mask",
-]
 
 
 class SparseAttention(BlockAttention):
