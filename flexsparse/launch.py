@@ -27,6 +27,7 @@ from flexsparse.executors import blockwise, flash, flex, gather, sdpa, streaming
 from flexsparse.expr import Mask
 from flexsparse.lower import Lowering, lowering
 from flexsparse.packed.packing import PackedTokens
+from flexsparse.tabulated import tabulated
 from flexsparse.tensors import MaskMod, Opaque, ScoreMod
 from flexsparse.walks import written_out
 
@@ -266,18 +267,19 @@ class Launch:
         if heads and heads != classes.grid.heads:
             classes = classes.of_heads(heads)
         grid = classes.grid
-        lowered = self._lowering(needed(self.mask, classes), grid.heads)
+        mask = needed(self.mask, classes)
+        on_cpu = self.device.type == "cpu"
+        lowered = self._lowering(tabulated(mask, grid) if on_cpu else mask, grid.heads)
         # On CPU torch wants lists as wide as the grid, and has no backward that would read q lists.
         # Overlapping views are that wide and take no memory, but each width costs a kernel: they
         # are for grids whose lists would be large.
-        on_cpu = self.device.type == "cpu"
         compact = not on_cpu or grid.planes * grid.rows * grid.columns > LARGE_GRID
         kept = write_kept_blocks(classes, self.device, compact=compact, q_lists=not on_cpu)
-        mask = block_mask(grid, kept, lowered.at(grid.q_offset), widen=on_cpu)
+        lists = block_mask(grid, kept, lowered.at(grid.q_offset), widen=on_cpu)
         # hints are read off the lists, and on meta there are no numbers to read
         has_hints = not on_cpu and self.device.type != "meta"
         hints = kernel_options(self.mask, classes, kept) if has_hints else {}
-        return Lists(mask, lowered, hints)
+        return Lists(lists, lowered, hints)
 
     def _lowering(self, mask: Mask, heads: tuple[int, ...]) -> Lowering:
         # a kernel counts its heads from 0

@@ -101,7 +101,7 @@ def _within(index, size: int):
     return index % size
 
 
-def _unknown(index):
+def unknown(index):
     """An index as the result of an operator that the analysis has no rule for."""
     same = Opaque("aten.same", torch.int64, "same", (), True, lambda x: torch.as_tensor(x) + 0)
     return Index("opaque", (index,), same)
@@ -120,7 +120,7 @@ _numbers_of_heads = st.recursive(
         st.tuples(st.integers(0, 255), number).map(lambda p: bit_and(*p)),
         st.tuples(st.integers(0, 255), number).map(lambda p: bit_xor(*p)),
         st.tuples(number, st.sampled_from([3, 5, 8, -7])).map(lambda p: operator.mod(*p)),
-        number.map(_unknown),
+        number.map(unknown),
         number.map(_wrapped),
     ),
     max_leaves=3,

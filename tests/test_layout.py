@@ -27,7 +27,7 @@ ORDER = [
     {"settle", "reached"},
     {"classify", "tracing"},
     {"validate", "blocks", "cost", "needed", "hints"},
-    {"lower"},
+    {"lower", "tabulated"},
     {"executors", "dropout"},
     {"packing"},
     {"launch"},

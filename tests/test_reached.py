@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from oracles import dense, dense_classes, grids, indices, masks, painted
+from oracles import dense, dense_classes, grids, indices, masks, painted, unknown
 
 from flexsparse import h, kv_idx, lookup, maximum, minimum, q_idx
 from flexsparse.analysis import settle
@@ -48,6 +48,7 @@ def in_blocks(x, grid):
 
 @settings(max_examples=200)
 @given(indices, grids)
+@example(q_idx // (kv_idx % 2 * 20 + 1), PLAIN)  # 0 to 6 and 0 to 127, 6 to 12 and 128 to 255
 def test_what_an_index_is_said_to_reach_it_reaches(index, grid):
     if any(leaves_int64(*found) for found in whole_bounds(index, grid)):
         return
@@ -140,6 +141,7 @@ def test_masks_of_long_tables_are_classified(mask, grid):
 
 @settings(max_examples=200)
 @given(masks, grids)
+@example(unknown(kv_idx).equals(q_idx), PLAIN)
 def test_what_a_mask_is_said_to_be_somewhere_it_is(mask, grid):
     if problem(mask, grid, CPU) is not None:
         return
