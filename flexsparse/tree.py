@@ -7,10 +7,9 @@ them recurses.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +20,26 @@ from flexsparse.walks import postorder
 VARIABLES = ("b", "h", "q_idx", "kv_idx")
 
 Value = TypeVar("Value")
+
+
+class KeptProperty(Generic[Value]):
+    """functools.cached_property without the lock it has in Python 3.11.
+
+    torch.compile traces a mask_mod, and no lock.
+    """
+
+    def __init__(self, function: Callable[[Any], Value]) -> None:
+        self.function = function
+        self.name = function.__name__
+        self.__doc__ = function.__doc__
+
+    def __get__(self, instance: Any, owner: type) -> Value:
+        if instance is None:
+            return self  # type: ignore[return-value]  # of the class, as property does
+        value = self.function(instance)
+        # found there from now on, before this is asked
+        instance.__dict__[self.name] = value
+        return value
 
 
 class Step(NamedTuple):
@@ -42,7 +61,7 @@ class Expr:
     label: str | None = None
     is_mask: ClassVar[bool] = False
 
-    @functools.cached_property
+    @KeptProperty
     def steps(self) -> tuple[Step, ...]:
         """The expression as a list of distinct steps, operands first, the whole of it last."""
         slots: dict[int, int] = {}
@@ -53,7 +72,7 @@ class Expr:
             slots[id(node)] = numbered.setdefault(step, len(numbered))
         return tuple(numbered)
 
-    @functools.cached_property
+    @KeptProperty
     def spent(self) -> tuple[tuple[int, ...], ...]:
         """For each step, the steps whose results no later one reads."""
         last_reader = {i: place for place, step in enumerate(self.steps) for i in step.operands}
@@ -62,7 +81,7 @@ class Expr:
             spent[place].append(i)
         return tuple(map(tuple, spent))
 
-    @functools.cached_property
+    @KeptProperty
     def _hash(self) -> int:
         return hash(self.steps)
 

@@ -9,7 +9,7 @@ from oracles import assert_same_lists
 from torch.nn.attention.flex_attention import create_block_mask as by_torch
 from torch.nn.attention.flex_attention import flex_attention
 
-from flexsparse import MaskError
+from flexsparse import MaskError, kv_idx, q_idx
 from flexsparse.drop_in import create_block_mask
 from flexsparse.masks import window
 
@@ -110,6 +110,18 @@ def test_torch_compile_runs_it_as_it_is():
     for length in (300, 400):
         ours = compiled(causal, None, None, length, length, "cpu")
         assert_same_lists(ours, by_torch(causal, None, None, length, length, "cpu"))
+
+
+@pytest.mark.skipif(
+    torch.__version__ < "2.12", reason="dynamo asks there whether a mask_mod is true"
+)
+def test_torch_compiles_its_own_with_a_mask_that_nobody_has_read_yet():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    mask = (kv_idx <= q_idx) & (q_idx - kv_idx < 90)
+    theirs = torch.compile(by_torch)(mask, None, None, 300, 300, "cpu")
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert_same_lists(create_block_mask(mask, None, None, 300, 300, "cpu"), theirs)
 
 
 def test_a_mask_is_taken_as_it_is():
