@@ -33,6 +33,8 @@ def tabulated(mask: Mask, grid: Grid) -> Mask:
         mask: what a kernel on CPU evaluates.
         grid: the lengths, and the position of query row 0.
     """
+    if grid.q_len == 1:
+        return mask  # nothing is divided twice
     tables = {id(part): _table(part, read, grid) for part, read in _parts(mask)}
 
     def change(node: Expr, args: tuple[Expr, ...]) -> Expr:

@@ -57,6 +57,11 @@ def test_a_part_that_reads_one_number_is_one_table(mask, n_tables, q_offset):
     assert torch.equal(dense(new, grid), dense(mask, grid))
 
 
+def test_one_query_divides_nothing_twice():
+    mask = chunked(40)
+    assert tabulated(mask, GRID._replace(q_len=1)) is mask
+
+
 def test_floats_and_functions_stay_with_the_kernel():
     traced = from_mask_mod(lambda b, h, q, kv: (q // 3).float().sqrt() + torch.sin(kv % 5) < 2)
     new = tabulated(traced, GRID)
