@@ -33,15 +33,19 @@ LISTS = (
 )
 
 
-def dense(mask: Mask, grid: Grid) -> torch.Tensor:
-    """The mask element by element: bool [B, H, q_len, kv_len]."""
-    where = (
+def everywhere(grid: Grid) -> tuple[torch.Tensor, ...]:
+    """b, h, q_idx and kv_idx of every element of a grid, which broadcast."""
+    return (
         torch.arange(grid.batch).view(-1, 1, 1, 1),
         torch.tensor(grid.heads).view(1, -1, 1, 1),
         torch.arange(grid.q_len).view(1, 1, -1, 1) + grid.q_offset,
         torch.arange(grid.kv_len),
     )
-    return mask(*where).expand(grid.batch, len(grid.heads), grid.q_len, grid.kv_len)
+
+
+def dense(mask: Mask, grid: Grid) -> torch.Tensor:
+    """The mask element by element: bool [B, H, q_len, kv_len]."""
+    return mask(*everywhere(grid)).expand(grid.batch, len(grid.heads), grid.q_len, grid.kv_len)
 
 
 def dense_classes(kept: torch.Tensor, block_size: tuple[int, int]) -> torch.Tensor:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 from hypothesis import given, settings
-from oracles import dense, dense_classes, grids, indices, masks, painted
+from oracles import dense, dense_classes, everywhere, grids, indices, masks, painted
 
 from flexsparse import b, from_mask_mod, h, kv_idx, lookup, q_idx
 from flexsparse.analysis import classify as classify_module
@@ -41,14 +41,8 @@ def test_an_interval_holds_every_value(index, grid):
 
 
 def dense_index(index, grid):
-    where = (
-        torch.arange(grid.batch).view(-1, 1, 1, 1),
-        torch.tensor(grid.heads).view(1, -1, 1, 1),
-        torch.arange(grid.q_len).view(1, 1, -1, 1) + grid.q_offset,
-        torch.arange(grid.kv_len),
-    )
     return torch.as_tensor(
-        evaluate(index, dict(zip(VARIABLES, where, strict=True)), TENSOR_READING)
+        evaluate(index, dict(zip(VARIABLES, everywhere(grid), strict=True)), TENSOR_READING)
     )
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from oracles import dense, dense_classes, grids, indices, masks, painted, unknown
+from oracles import dense, dense_classes, everywhere, grids, indices, masks, painted, unknown
 
 from flexsparse import h, kv_idx, lookup, maximum, minimum, q_idx
 from flexsparse.analysis import settle
@@ -33,14 +33,10 @@ def reading_of(mask, grid):
 
 def in_blocks(x, grid):
     """What an expression is in each block, element by element, in the order of all_cells."""
-    where = (
-        torch.arange(grid.batch).view(-1, 1, 1, 1),
-        torch.tensor(grid.heads).view(1, -1, 1, 1),
-        torch.arange(grid.q_len).view(1, 1, -1, 1) + grid.q_offset,
-        torch.arange(grid.kv_len),
-    )
     shape = (grid.batch, len(grid.heads), grid.q_len, grid.kv_len)
-    values = torch.as_tensor(evaluate(x, dict(zip(VARIABLES, where, strict=True)), TENSOR_READING))
+    values = torch.as_tensor(
+        evaluate(x, dict(zip(VARIABLES, everywhere(grid), strict=True)), TENSOR_READING)
+    )
     for plane in values.expand(shape).flatten(0, 1):
         for rows in plane.split(grid.block_size[0]):
             yield from rows.split(grid.block_size[1], dim=1)
